@@ -1,0 +1,1 @@
+"""KVM, SEV and bus locks of an emulated confidential-computing host."""

@@ -1,0 +1,1 @@
+"""Guest engines: what makes a vCPU move, and why it stops."""

@@ -1,0 +1,172 @@
+"""What a guest engine is, and the reasons for which a guest stops.
+
+A guest engine answers one question: given this vCPU, what is the next thing that takes it out of
+the guest, and after how much guest time? KVM (``kvmsim.kvm.run``) asks at every entry to the guest
+and decides what the stop means: an exit to user space, work for the kernel, or nothing at all.
+
+Rules an engine can rely on:
+
+* ``next_stop`` is called once per stop. A stop that was interrupted (signal, kick) is not asked for
+  again: KVM resumes the rest of its ``after_ns``.
+* ``after_ns`` is guest time: time in which this vCPU executes. Stalls by other vCPUs' bus locks and
+  waits for admission come on top and are the caller's business.
+* A stop object may be the engine's own, changed and returned again: KVM keeps it no longer than
+  until it asks for the next one, and never changes it.
+* An engine must be deterministic. Chance comes from a seeded stream it was built with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(slots=True)
+class StopBase:
+    """What every stop has.
+
+    Attributes:
+        after_ns: guest time from entry (or from the previous stop) until this one.
+        bus_lock: the instruction took a bus lock besides (exit-reason bit 26 on trap-like
+            hardware; fault-like hardware reports the lock first, as an exit of its own).
+        cpl: privilege level of the instruction, 0 to 3.
+        insn_len: bytes by which RIP moves when the instruction completes. 0 for guests without
+            code, whose RIP never moves.
+    """
+
+    after_ns: int = 0
+    bus_lock: bool = False
+    cpl: int = 0
+    insn_len: int = 0
+
+
+@dataclass(slots=True)
+class BusLock(StopBase):
+    """A bus lock and nothing else: on trap-like hardware taken, on fault-like about to be."""
+
+
+@dataclass(slots=True)
+class Hlt(StopBase):
+    """HLT.
+
+    Attributes:
+        wake_after_ns: time until the guest's own timer ends the halt, where KVM emulates the local
+            APIC; ``None``: nothing but a kick ends it.
+    """
+
+    wake_after_ns: int | None = None
+
+
+@dataclass(slots=True)
+class Io(StopBase):
+    """IN or OUT.
+
+    Attributes:
+        port: port number, 0 to 0xffff.
+        size: bytes per element: 1, 2 or 4.
+        data: what OUT writes, a whole number of elements; empty for IN.
+        count: elements of a string instruction; the length of ``data`` decides for OUT.
+    """
+
+    port: int = 0
+    size: int = 1
+    data: bytes = b""
+    count: int = 1
+
+
+@dataclass(slots=True)
+class Mmio(StopBase):
+    """An access to guest-physical memory behind which there is no memslot.
+
+    Attributes:
+        gpa: guest-physical address.
+        size: bytes, 1 to 8.
+        data: what is written; empty for a read.
+    """
+
+    gpa: int = 0
+    size: int = 4
+    data: bytes = b""
+
+
+@dataclass(slots=True)
+class Shutdown(StopBase):
+    """Triple fault."""
+
+
+@dataclass(slots=True)
+class InternalError(StopBase):
+    """Something KVM cannot emulate.
+
+    Attributes:
+        suberror: 1 emulation, 2 simultaneous exceptions, 3 event delivery, 4 unexpected exit.
+        data: up to 16 words for the VMM.
+    """
+
+    suberror: int = 1
+    data: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Debug(StopBase):
+    """A debug exception that belongs to the VMM.
+
+    Attributes:
+        exception: vector, 1 (#DB) or 3 (#BP).
+        dr6: the cause as the processor reports it, before KVM's own changes.
+        dr7: guest DR7.
+    """
+
+    exception: int = 1
+    dr6: int = 0
+    dr7: int = 0x400
+
+
+@dataclass(slots=True)
+class IrqWindow(StopBase):
+    """The guest can take an interrupt and the VMM had asked to know."""
+
+
+@dataclass(slots=True)
+class InKernel(StopBase):
+    """An exit KVM handles itself: EPT violation, CPUID, preemption timer. The guest goes on."""
+
+
+Stop = BusLock | Hlt | Io | Mmio | Shutdown | InternalError | Debug | IrqWindow | InKernel
+
+
+class GuestVcpu(Protocol):
+    """What an engine may know about the vCPU it moves."""
+
+    @property
+    def id(self) -> int:
+        """Id of the vCPU."""
+
+    @property
+    def rip(self) -> int:
+        """Instruction pointer."""
+
+    @property
+    def input(self) -> bytes:
+        """What the last completed IN or MMIO read brought."""
+
+
+class GuestEngine(Protocol):
+    """Makes one vCPU (or several) move."""
+
+    def next_stop(self, vcpu: GuestVcpu) -> Stop:
+        """Say what stops the guest next, counted from now.
+
+        Args:
+            vcpu: the vCPU that enters the guest.
+        """
+
+
+class Parked:
+    """The engine of a vCPU nobody gave one: it halts, for good."""
+
+    __slots__ = ()
+
+    def next_stop(self, vcpu: GuestVcpu) -> Stop:
+        """Halt without a timer."""
+        return Hlt()
