@@ -1,0 +1,5 @@
+"""``python -m cgfs``."""
+
+from cgfs.cli import main
+
+main()

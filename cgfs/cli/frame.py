@@ -1,0 +1,81 @@
+"""What every command of this distribution has in common.
+
+Subcommands are imported when they are called, so that a command loads only what it needs. A
+failure is one line on standard error and a sysexits code.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from cgfs.control.errors import CommandError, from_oserror
+
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """A command group that knows its subcommands as ``"module:attribute"``."""
+
+    def __init__(self, name: str, *, subcommands: Mapping[str, str], **attrs: Any) -> None:  # noqa: ANN401 - handed through to click
+        super().__init__(name, context_settings={"help_option_names": ["-h", "--help"]}, **attrs)
+        self.subcommands = subcommands
+
+    # typing.override came with Python 3.12.
+    def list_commands(self, ctx: click.Context) -> list[str]:  # type: ignore[explicit-override]
+        """The names, without importing anything."""
+        return sorted(self.subcommands)
+
+    def get_command(  # type: ignore[explicit-override]
+        self, ctx: click.Context, cmd_name: str
+    ) -> click.Command | None:
+        """Imports one subcommand."""
+        target = self.subcommands.get(cmd_name)
+        if target is None:
+            return None
+        module, _, attribute = target.partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+
+def run_command(command: click.Command, program: str, arguments: list[str]) -> int:
+    """Runs a command and returns its exit code; prints the one line if it fails."""
+    try:
+        result = command.main(arguments, prog_name=program, standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # A reader such as head(1) has seen enough; Python must not complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return os.EX_IOERR
+    except (CommandError, click.ClickException, click.Abort, KeyboardInterrupt, OSError) as error:
+        message, code = explain(error, program)
+        click.echo(f"{program}: {' '.join(message.split())}", err=True)
+        return code
+    return result if isinstance(result, int) else os.EX_OK
+
+
+def explain(error: BaseException, program: str) -> tuple[str, int]:
+    """The line and the exit code for what ended a command."""
+    match error:
+        case CommandError():
+            return error.message, error.exit_code
+        case click.UsageError():
+            path = error.ctx.command_path if error.ctx else program
+            return f"{error.format_message()} (see '{path} --help')", os.EX_USAGE
+        case click.ClickException():
+            return error.format_message(), os.EX_USAGE
+        case OSError():
+            known = from_oserror(error, str(error.filename or "system error"))
+            return known.message, known.exit_code
+        case _:
+            return "interrupted", INTERRUPTED
+
+
+def print_json(value: object) -> None:
+    """Prints a snapshot as indented JSON."""
+    import msgspec  # noqa: PLC0415 - only --json needs the formatter
+
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

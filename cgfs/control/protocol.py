@@ -1,0 +1,124 @@
+r"""Messages of the control socket, without any I/O.
+
+A message is one line of JSON ended by ``\n``. The client sends requests, the server answers each
+with one reply of the same ``id``, in the order of the requests::
+
+    → {"id": 1, "method": "vm.stop", "params": {"name": "a"}}
+    ← {"id": 1, "result": {...}}
+    ← {"id": 1, "problem": {"message": "vm a: no such VM (ESRCH)", "exit_code": 69, "errno": 3}}
+"""
+
+import os
+from collections.abc import Iterator
+
+import msgspec
+
+from cgfs.control.errors import CommandError
+
+MAX_LINE_BYTES = 16 << 20
+
+
+class Request(msgspec.Struct, frozen=True):
+    """A call of one method.
+
+    ``params`` stays undecoded until the method is known.
+    """
+
+    id: int
+    method: str
+    params: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """A failure on its way to the client."""
+
+    message: str
+    exit_code: int
+    errno: int = 0
+
+    @classmethod
+    def of(cls, failure: CommandError) -> "Problem":
+        """The message for a failure."""
+        return cls(failure.message, failure.exit_code, failure.errno)
+
+    def failure(self) -> CommandError:
+        """The failure that was sent."""
+        return CommandError(self.message, self.exit_code, self.errno)
+
+
+class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The answer to one request: a result, or the problem that prevented it."""
+
+    id: int
+    result: msgspec.Raw | None = None
+    problem: Problem | None = None
+
+
+class LineTooLongError(CommandError):
+    """The other side sent more than a message may have; the connection cannot go on."""
+
+    def __init__(self) -> None:
+        super().__init__(f"a message is longer than {MAX_LINE_BYTES} bytes", os.EX_PROTOCOL)
+
+
+class LineBuffer:
+    """Cuts a stream of received bytes into lines."""
+
+    def __init__(self, limit: int = MAX_LINE_BYTES) -> None:
+        self._limit = limit
+        self._pending = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Adds received bytes and yields every line that is now complete, without its newline.
+
+        Raises:
+            LineTooLongError: more than the limit came without a newline.
+        """
+        self._pending += data
+        while (end := self._pending.find(b"\n")) >= 0:
+            if end > self._limit:
+                raise LineTooLongError
+            line = bytes(self._pending[:end])
+            del self._pending[: end + 1]
+            yield line
+        if len(self._pending) > self._limit:
+            raise LineTooLongError
+
+
+_encoder = msgspec.json.Encoder()
+_requests = msgspec.json.Decoder(Request)
+_replies = msgspec.json.Decoder(Reply)
+
+
+def encode_line(message: Request | Reply) -> bytes:
+    """One message with its newline."""
+    return _encoder.encode(message) + b"\n"
+
+
+def raw(value: object) -> msgspec.Raw:
+    """A parameter or result object, encoded to go into a message."""
+    return msgspec.Raw(_encoder.encode(value))
+
+
+def decode_request(line: bytes) -> Request:
+    """A request from one line.
+
+    Raises:
+        CommandError: the line is not a request (EX_PROTOCOL).
+    """
+    try:
+        return _requests.decode(line)
+    except msgspec.DecodeError as error:
+        raise CommandError(f"not a request: {error}", os.EX_PROTOCOL) from error
+
+
+def decode_reply(line: bytes) -> Reply:
+    """A reply from one line.
+
+    Raises:
+        CommandError: the line is not a reply (EX_PROTOCOL).
+    """
+    try:
+        return _replies.decode(line)
+    except msgspec.DecodeError as error:
+        raise CommandError(f"not a reply: {error}", os.EX_PROTOCOL) from error

@@ -1,0 +1,168 @@
+"""Serves the control socket with trio.
+
+Every connection is one task; its requests are done one after the other, in their order. Who may
+connect is decided by the kernel's word for the peer (SO_PEERCRED), not by anything it says.
+"""
+
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from cgfs.control.errors import CommandError
+from cgfs.control.protocol import (
+    LineBuffer,
+    LineTooLongError,
+    Problem,
+    Reply,
+    Request,
+    decode_request,
+    encode_line,
+    raw,
+)
+
+log = logging.getLogger(__name__)
+
+RECEIVE_BYTES = 65536
+_UCRED = struct.Struct("3i")
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end, as the kernel recorded it at connect."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One thing that can be asked for: its name, the type of its parameters, what does it."""
+
+    name: str
+    params: type[Any]
+    call: Callable[[Any, Peer], Awaitable[object]]
+
+
+def explain_nothing(_error: Exception) -> CommandError | None:
+    """Knows no exceptions beside CommandError."""
+    return None
+
+
+class Server:
+    """Answers requests with a set of methods.
+
+    Args:
+        methods: what can be called.
+        may_use: says for a peer whether it is served at all.
+        explain: turns an exception of the model into a CommandError, None for one that is a bug.
+    """
+
+    def __init__(
+        self,
+        methods: Iterable[Method],
+        may_use: Callable[[Peer], bool],
+        explain: Callable[[Exception], CommandError | None] = explain_nothing,
+    ) -> None:
+        self._methods = {method.name: method for method in methods}
+        self._may_use = may_use
+        self._explain = explain
+
+    async def serve(
+        self,
+        path: Path,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Listens at ``path`` until cancelled; clients can connect when the task has started."""
+        with bound_socket(path) as listener:
+            try:
+                task_status.started()
+                await trio.serve_listeners(
+                    self.connection,
+                    [trio.SocketListener(trio.socket.from_stdlib_socket(listener))],
+                )
+            finally:
+                path.unlink(missing_ok=True)  # noqa: ASYNC240 - one call on a tmpfs
+
+    async def connection(self, stream: trio.SocketStream) -> None:
+        """Serves one client until it hangs up."""
+        peer = peer_of(stream)
+        lines = LineBuffer()
+        try:
+            while data := await stream.receive_some(RECEIVE_BYTES):
+                for line in lines.feed(data):
+                    await stream.send_all(encode_line(await self.answer(line, peer)))
+        except LineTooLongError as failure:
+            await stream.send_all(encode_line(Reply(0, problem=Problem.of(failure))))
+        except trio.BrokenResourceError:
+            log.debug("pid %d went before its answer", peer.pid)
+        finally:
+            await trio.aclose_forcefully(stream)
+
+    async def answer(self, line: bytes, peer: Peer) -> Reply:
+        """Does what one line asks for; failures become replies."""
+        number = 0
+        try:
+            request = decode_request(line)
+            number = request.id
+            return Reply(number, result=raw(await self._call(request, peer)))
+        except CommandError as failure:
+            return Reply(number, problem=Problem.of(failure))
+        except Exception as error:  # the connection goes on whatever a method raises
+            known = self._explain(error) or _our_bug(error)
+            return Reply(number, problem=Problem.of(known))
+
+    async def _call(self, request: Request, peer: Peer) -> object:
+        if not self._may_use(peer):
+            raise CommandError(f"uid {peer.uid} may not use this socket", os.EX_NOPERM)
+        method = self._methods.get(request.method)
+        if method is None:
+            raise CommandError(f"no method {request.method!r}", os.EX_PROTOCOL)
+        try:
+            params = msgspec.json.decode(request.params, type=method.params)
+        except msgspec.DecodeError as error:
+            raise CommandError(f"{request.method}: {error}", os.EX_USAGE) from error
+        return await method.call(params, peer)
+
+
+def owner_and_root(peer: Peer) -> bool:
+    """The rule for who may use a socket: root, and the user the server runs as."""
+    return peer.uid in {0, os.geteuid()}
+
+
+def peer_of(stream: trio.SocketStream) -> Peer:
+    """The process that connected."""
+    data = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return Peer(*_UCRED.unpack(data))
+
+
+def bound_socket(path: Path) -> socket.socket:
+    """A listening socket at ``path`` that only its owner (and root) can connect to."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        # The directory is 0700 as well; the umask closes the moment between bind and chmod.
+        before = os.umask(0o177)
+        try:
+            listener.bind(os.fspath(path))
+        finally:
+            os.umask(before)
+        listener.listen(64)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _our_bug(error: Exception) -> CommandError:
+    log.error("a request failed", exc_info=error)
+    return CommandError(f"internal error: {type(error).__name__}: {error}", os.EX_SOFTWARE)
