@@ -1,0 +1,1 @@
+"""cgroups as files: an emulated hierarchy with encryption IDs, misc resources and bus locks."""

@@ -1,0 +1,1 @@
+"""The model of the hierarchies: plain synchronous Python, without I/O, clock or randomness."""

@@ -1,0 +1,148 @@
+"""Per-cgroup controller state, and the interface a controller implements.
+
+Linux: ``struct cgroup_subsys_state`` and ``struct cgroup_subsys``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from cgfs.core.caller import KERNEL
+from cgfs.core.node import Node
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cgfs.core.caller import Caller
+    from cgfs.core.cftype import CFType
+    from cgfs.core.cgroup import Cgroup
+    from cgfs.core.events import ModelListener
+    from cgfs.core.hierarchy import Hierarchy
+
+
+class Css(Node):
+    """State of one controller in one cgroup.
+
+    Attributes:
+        cgrp: the cgroup; stays set after removal, so that charges can be returned.
+        parent: state of the nearest ancestor, None in the root.
+        controller: whose state this is.
+        nr_active: live cgroups of this subtree, itself included, that have the controller.
+        nr_dying: removed ones of this subtree that are still pinned.
+        pins: references that keep removed state alive: one per charge.
+    """
+
+    __slots__ = ("cgrp", "controller", "nr_active", "nr_dying", "parent", "pins")
+
+    def __init__(
+        self,
+        controller: Controller,
+        cgrp: Cgroup,
+        parent: Css | None,
+        owner: Caller = KERNEL,
+        now_ns: int = 0,
+    ) -> None:
+        super().__init__(controller.next_block(), owner, now_ns)
+        self.controller = controller
+        self.cgrp = cgrp
+        self.parent = parent
+        self.nr_active = 0
+        self.nr_dying = 0
+        self.pins = 0
+
+    @property
+    def rows(self) -> Sequence[CFType]:
+        """The controller's rows."""
+        return self.controller.files
+
+    def notify(self, file: str) -> None:
+        """Generate an event on one of this css's files; without effect once it is offline."""
+        if self.online:
+            slot = self.controller.slots[file]
+            self.bump(slot)
+            self.controller.listener.modified(self, slot)
+
+    def changed(self, file: str) -> None:
+        """Tell the view that a CONFIG file reads differently now."""
+        if self.online:
+            self.controller.listener.changed(self, self.controller.slots[file])
+
+    def pin(self) -> None:
+        """Keep this state alive past the removal of its cgroup."""
+        self.pins += 1
+
+    def unpin(self) -> None:
+        """Return a reference; the last one of removed state ends its dying."""
+        self.pins -= 1
+        if self.pins < 0:
+            msg = f"{self.controller.name} of {self.cgrp.path}: unpinned more often than pinned"
+            raise AssertionError(msg)
+        if self.pins == 0 and not self.online:
+            self._died()
+
+    def online_css(self) -> None:
+        """Count this state in itself and its ancestors."""
+        css: Css | None = self
+        while css is not None:
+            css.nr_active += 1
+            css = css.parent
+
+    def offline_css(self, now_ns: int) -> None:
+        """Take the state out of service: its cgroup is removed or the controller disabled."""
+        self.online = False
+        self.offline(now_ns)
+        css: Css | None = self
+        while css is not None:
+            css.nr_active -= 1
+            css.nr_dying += 1
+            css = css.parent
+        if self.pins == 0:
+            self._died()
+
+    def _died(self) -> None:
+        css: Css | None = self
+        while css is not None:
+            css.nr_dying -= 1
+            css = css.parent
+        if not self.cgrp.online:
+            self.cgrp.css_died()
+
+    def offline(self, now_ns: int) -> None:
+        """Hook for controllers: the state goes out of service."""
+
+
+class Controller:
+    """A controller of one host.
+
+    Attributes:
+        name: as in cgroup.controllers and as v1 mount option.
+        threaded: whether it may be used in threaded cgroups.
+        files: the rows of its files, prefixed names.
+        hierarchy: the hierarchy it belongs to at present.
+    """
+
+    name: ClassVar[str]
+    threaded: ClassVar[bool] = False
+    files: ClassVar[tuple[CFType, ...]]
+
+    hierarchy: Hierarchy
+
+    def __init__(self) -> None:
+        self.slots = {row.name: slot for slot, row in enumerate(self.files, 1)}
+
+    @property
+    def listener(self) -> ModelListener:
+        """Who hears of events of this controller's files."""
+        return self.hierarchy.roots.listener
+
+    def next_block(self) -> int:
+        """A block number for a new css."""
+        return self.hierarchy.roots.next_block()
+
+    def css_alloc(self, cgrp: Cgroup, parent: Css | None, owner: Caller, now_ns: int) -> Css:
+        """Make the state of one cgroup."""
+        raise NotImplementedError
+
+    def root_css(self) -> Css:
+        """The state of the root cgroup."""
+        return self.hierarchy.root.css[self.name]
