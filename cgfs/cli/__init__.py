@@ -12,10 +12,10 @@ cgfs = LazyGroup(
     subcommands={
         "exec": "cgfs.cli.exec:exec_command",
         "mount": "cgfs.cli.mount:mount_command",
-        "mount-helper": "cgfs.cli.mount:helper_command",
         "tree": "cgfs.cli.tree:tree_command",
         "umount": "cgfs.cli.umount:umount_command",
     },
+    hidden_subcommands={"mount-helper": "cgfs.cli.mount:helper_command"},
 )
 
 

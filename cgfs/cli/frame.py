@@ -8,7 +8,6 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
@@ -18,20 +17,32 @@ INTERRUPTED = 130
 
 
 class LazyGroup(click.Group):
-    """A command group that knows its subcommands as ``"module:attribute"``."""
+    """A command group that knows its subcommands as ``"module:attribute"``.
 
-    def __init__(self, name: str, *, subcommands: Mapping[str, str], **attrs: Any) -> None:  # noqa: ANN401 - handed through to click
-        super().__init__(name, context_settings={"help_option_names": ["-h", "--help"]}, **attrs)
-        self.subcommands = subcommands
+    Args:
+        name: of the group.
+        help: one line about it.
+        subcommands: what it shows.
+        hidden_subcommands: what can be called besides.
+    """
 
-    # typing.override came with Python 3.12.
-    def list_commands(self, ctx: click.Context) -> list[str]:  # type: ignore[explicit-override]
+    def __init__(
+        self,
+        name: str,
+        *,
+        help: str,
+        subcommands: Mapping[str, str],
+        hidden_subcommands: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(name, help=help, context_settings={"help_option_names": ["-h", "--help"]})
+        self.subcommands = {**subcommands, **(hidden_subcommands or {})}
+        self._shown = sorted(subcommands)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
         """The names, without importing anything."""
-        return sorted(self.subcommands)
+        return self._shown
 
-    def get_command(  # type: ignore[explicit-override]
-        self, ctx: click.Context, cmd_name: str
-    ) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Imports one subcommand."""
         target = self.subcommands.get(cmd_name)
         if target is None:

@@ -88,8 +88,10 @@ def split_options(text: str) -> list[str]:
 
 # Options that mount(8), fstab(5) and systemd understand themselves, or that have no meaning for a
 # file system of control files.
-_TOGGLES = ("atime", "auto", "dev", "diratime", "exec", "iversion", "lazytime", "mand", "relatime")
-_TOGGLES += ("strictatime", "suid", "user")
+_TOGGLES = frozenset(
+    {"atime", "auto", "dev", "diratime", "exec", "iversion", "lazytime", "mand", "relatime"}
+    | {"strictatime", "suid", "user"}
+)
 _NO_MEANING = frozenset(
     {"defaults", "rw", "users", "owner", "group", "nofail", "_netdev"}
     | {"sync", "async", "dirsync", "silent", "loud"}

@@ -67,7 +67,7 @@ class Client:
             raise from_oserror(error, "the connection to the host broke") from error
         if reply.problem is not None:
             raise reply.problem.failure()
-        return msgspec.json.decode(reply.result or b"null", type=result)
+        return msgspec.json.decode(bytes(reply.result) or b"null", type=result)
 
     def _reply(self) -> Reply:
         while data := self._socket.recv(RECEIVE_BYTES):

@@ -33,13 +33,22 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Readiness:
-    """The server's end of the pipe to the command; ``None`` for a server in the foreground."""
+    """How a server tells the command that started it how far it is.
 
-    def __init__(self, descriptor: int | None = None) -> None:
+    Args:
+        descriptor: the pipe to the command; None for a server in the foreground.
+        when_ready: called once the server does its work.
+    """
+
+    def __init__(
+        self, descriptor: int | None = None, when_ready: Callable[[], object] = lambda: None
+    ) -> None:
         self._descriptor = descriptor
+        self._when_ready = when_ready
 
     def ready(self) -> None:
         """Says that the server does its work; the command returns."""
+        self._when_ready()
         self._send(Report(ready=True))
         self.close()
 
@@ -57,6 +66,12 @@ class Readiness:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+    def keep_only(self) -> None:
+        """Closes every descriptor but the pipe and the standard three."""
+        pipe = self._descriptor or 2
+        os.closerange(3, pipe)
+        os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))
 
     def _send(self, report: Report) -> None:
         if self._descriptor is not None:
@@ -99,6 +114,7 @@ def _detach(serve: Callable[[Readiness], None], readiness: Readiness, log: int) 
             os._exit(0)
         readiness.started()
         _redirect(log)
+        readiness.keep_only()
         status = _run(serve, readiness)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -130,6 +146,9 @@ def _redirect(log: int) -> None:
     os.dup2(log, 2)
     os.close(null)
     os.close(log)
+    # Whatever the command made of its streams, ours are the descriptors.
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     # The command's choices for a terminal's signals are not the server's.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)

@@ -47,10 +47,13 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The answer to one request: a result, or the problem that prevented it."""
+    """The answer to one request: a result, or the problem that prevented it.
+
+    An empty ``result`` is null.
+    """
 
     id: int
-    result: msgspec.Raw | None = None
+    result: msgspec.Raw = msgspec.Raw()
     problem: Problem | None = None
 
 

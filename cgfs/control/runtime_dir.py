@@ -143,6 +143,8 @@ class RuntimeDir:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
+            # A server forked meanwhile has a copy of the descriptor, which must not keep the lock.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     def _file(self, directory: Path, suffix: str) -> Path:

@@ -1,0 +1,42 @@
+"""The model's errors as the one line and the exit code of a command."""
+
+import os
+
+from cgfs.control.errors import EXIT_OF_ERRNO, CommandError, from_errno
+from cgfs.errors import CgroupError, ChargeRefused
+from kvmsim.errors import ConfigError, KvmError, KvmsimError
+
+# What a person calls the resource that has run out.
+UNIT_OF_RESOURCE = {"sev": "SEV ASID", "sev_es": "SEV-ES ASID", "tdx": "TDX key"}
+
+
+def explain(error: BaseException | None) -> CommandError | None:
+    """The failure that an exception of the model means; None for a bug of ours."""
+    known: CommandError | None = None
+    match error:
+        case CommandError():
+            known = error
+        case ChargeRefused():
+            known = from_errno(_refusal(error), error.errno)
+        case KvmError():
+            # A refused charge knows more than the ioctl that passes it on.
+            known = explain(error.__cause__) or _with_code(str(error), error.errno)
+        case CgroupError():
+            known = from_errno(str(error), error.errno)
+        case ConfigError():
+            known = CommandError(str(error), os.EX_CONFIG)
+        case KvmsimError():
+            known = CommandError(str(error), os.EX_SOFTWARE)
+        case _:
+            pass
+    return known
+
+
+def _with_code(message: str, errno: int) -> CommandError:
+    return CommandError(message, EXIT_OF_ERRNO.get(errno, os.EX_OSERR), errno)
+
+
+def _refusal(error: ChargeRefused) -> str:
+    unit = UNIT_OF_RESOURCE.get(error.resource, error.resource)
+    place = "the host" if error.cgroup == "/" else f"cgroup {error.cgroup}"
+    return f'no {unit}: {place} is at {error.file} "{error.value}"'
