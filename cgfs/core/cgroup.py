@@ -114,8 +114,8 @@ class Cgroup(Node):
 
     @property
     def id(self) -> int:
-        """Number of the cgroup, unique for the life of the host."""
-        return self.block
+        """Number of the cgroup: the inode of its directory."""
+        return self.ino(DIRECTORY)
 
     @property
     def is_root(self) -> bool:

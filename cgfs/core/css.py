@@ -104,8 +104,7 @@ class Css(Node):
         while css is not None:
             css.nr_dying -= 1
             css = css.parent
-        if not self.cgrp.online:
-            self.cgrp.css_died()
+        self.cgrp.css_died()
 
     def offline(self, now_ns: int) -> None:
         """Hook for controllers: the state goes out of service."""

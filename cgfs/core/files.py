@@ -246,6 +246,7 @@ CORE_FILES = (
         "cgroup.kill",
         write=_kill_write,
         on=On.NON_ROOT,
+        kind=Kind.LIVE,
         doc="Write 1 to send SIGKILL to every process in and below the cgroup.",
     ),
 )

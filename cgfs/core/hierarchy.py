@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from cgfs.core.roots import Roots
 
 _ROOT_MODE = 0o555
+# Root passes mode bits; an ordinary user who runs a host needs the write bit to make cgroups.
+_USER_ROOT_MODE = 0o755
 
 
 class Hierarchy:
@@ -48,7 +50,8 @@ class Hierarchy:
         self.core_files = core_files
         self.core_slots = {row.name: slot for slot, row in enumerate(core_files, 1)}
         self.release_agent = ""
-        self.root = Cgroup(self, None, "", KERNEL, _ROOT_MODE, 0)
+        mode = _ROOT_MODE if roots.owner.uid == 0 else _USER_ROOT_MODE
+        self.root = Cgroup(self, None, "", roots.owner, mode, 0)
         roots.nodes[self.root.block] = self.root
 
     def bind(self, controller: Controller, css: Css | None = None) -> None:
@@ -57,7 +60,7 @@ class Hierarchy:
         self.controllers = self.roots.in_order(self.controllers)
         controller.hierarchy = self
         if css is None:
-            css = self.alloc_css(controller, self.root, KERNEL, 0)
+            css = self.alloc_css(controller, self.root, self.roots.owner, 0)
         else:
             css.cgrp = self.root
             self.root.css[controller.name] = css
@@ -146,7 +149,7 @@ class Hierarchy:
             cgrp.own_attributes(DIRECTORY).gid = parent.owner(DIRECTORY)[1]
         self.roots.nodes[cgrp.block] = cgrp
         parent.children[name] = cgrp
-        parent.mtime_ns = now_ns
+        _touch(parent, now_ns)
         for ancestor in parent.ancestors():
             ancestor.nr_descendants += 1
         return cgrp
@@ -165,7 +168,7 @@ class Hierarchy:
             raise CgroupError(EBUSY)
         parent = cgrp.parent
         del parent.children[cgrp.name]
-        parent.mtime_ns = now_ns
+        _touch(parent, now_ns)
         controllers = list(cgrp.css.values())
         cgrp.taken_down(now_ns)
         domain.child_removed(parent, cgrp)
@@ -214,6 +217,13 @@ class Hierarchy:
             return
         if cgrp.online and not cgrp.is_root and not cgrp.populated and not cgrp.children:
             self.roots.release(self.release_agent, cgrp.path)
+
+
+def _touch(cgrp: Cgroup, now_ns: int) -> None:
+    cgrp.mtime_ns = now_ns
+    own = cgrp.attributes(DIRECTORY)
+    if own is not None:
+        own.mtime_ns = None
 
 
 def _vet_limits(parent: Cgroup) -> None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from cgfs.core.cftype import CFType
 
 DIRECTORY = 0
+# Room for the files of the largest node.
+SLOT_BITS = 6
+SLOT_MASK = (1 << SLOT_BITS) - 1
 MAY_WRITE = 0o2
 
 
@@ -59,6 +62,10 @@ class Node:
         self.online = True
         self._attributes: dict[int, Attributes] | None = None
         self._sequences: dict[int, int] | None = None
+
+    def ino(self, slot: int) -> int:
+        """Inode number of a file of this node."""
+        return self.block << SLOT_BITS | slot
 
     @property
     def rows(self) -> Sequence[CFType]:
