@@ -127,13 +127,17 @@ def summary(group: Group) -> str:
 
 
 def _uses(name: str, value: str | dict[str, str], group: Group) -> list[str]:
-    """``misc sev 1/2``: what is used of which limit, unused and unlimited ones left out."""
+    """``misc.sev 1/2``: what is used of which limit, unused and unlimited ones left out."""
     limits = group.files.get(f"{name}.max") or group.files.get(f"{name}.capacity") or {}
     if isinstance(value, str):
         limit = limits if isinstance(limits, str) else ""
         return _use(name, value, limit)
     known = limits if isinstance(limits, dict) else {}
-    return [part for key, used in value.items() for part in _use(key, used, known.get(key, ""))]
+    return [
+        part
+        for key, used in value.items()
+        for part in _use(f"{name}.{key}", used, known.get(key, ""))
+    ]
 
 
 def _use(name: str, used: str, limit: str) -> list[str]:
