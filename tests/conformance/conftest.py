@@ -1,0 +1,170 @@
+"""Fixtures of the two worlds, and the count of rows on which they agree.
+
+Set KVMSIM_RECORD_GOLDEN to a directory to keep what Linux answers (`tools/record_kernel`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from conformance import server
+from conformance.differences import DIFFERENCES
+from conformance.kids import Kid
+from conformance.observer import GOLDEN, REFERENCE, Golden, Observer
+from conformance.world import CGFS, LINUX, World, cgroup2_root, clear, make
+
+RECORD = os.environ.get("KVMSIM_RECORD_GOLDEN")
+ROWS = range(1, 164)
+_golden = Golden(Path(RECORD) if RECORD else GOLDEN / REFERENCE)
+_feeds = []
+
+
+def rows_of(name):
+    match = re.match(r"test_rows?((?:_\d{3})+)_", name)
+    return [int(number) for number in match[1].split("_")[1:]] if match else []
+
+
+def differences_of(name):
+    return {label: why for row in rows_of(name) for label, why in DIFFERENCES.get(row, {}).items()}
+
+
+@pytest.fixture(scope="session")
+def linux_world():
+    root = cgroup2_root()
+    if isinstance(root, str):
+        pytest.skip(root)
+    return World("linux", root, **LINUX)
+
+
+@pytest.fixture(scope="session")
+def cgfs_world():
+    if reason := server.missing():
+        pytest.skip(reason)
+    with server.mounted() as (root, feed):
+        _feeds.append(feed)
+        yield World("cgfs", root, **CGFS)
+        _feeds.remove(feed)
+
+
+@pytest.fixture(params=["linux", "cgfs"])
+def world(request):
+    """The hierarchy under test; nobody else runs these tests in it meanwhile."""
+    world = request.getfixturevalue(f"{request.param}_world")
+    with world.locked():
+        yield world
+
+
+@pytest.fixture
+def d(world, kids):
+    """A fresh cgroup, D of the specification; gone afterwards with all processes in it."""
+    del kids
+    cgrp = make(world.root)
+    yield cgrp
+    clear(cgrp)
+
+
+@pytest.fixture
+def kids():
+    """Makes child processes that end with the test."""
+    made = []
+
+    def kid():
+        made.append(Kid())
+        return made[-1]
+
+    yield kid
+    for child in made:
+        child.end()
+
+
+@pytest.fixture
+def with_controller(world):
+    """The controller is enabled at the root, so that D has its files."""
+    with world.root_controller(on=True):
+        yield
+
+
+@pytest.fixture
+def without_controller(world):
+    """The controller is not enabled at the root."""
+    try:
+        with world.root_controller(on=False):
+            yield
+    except OSError as error:
+        pytest.skip(f"{world.controller} is in use at the root: {error}")
+
+
+@pytest.fixture
+def observe(request):
+    """Compares an answer with the specification and with the golden record."""
+    kind = "linux" if "[linux" in request.node.name else "cgfs"
+    module, test = request.module.__name__.rpartition(".")[2], golden_name(request.node)
+    observer = Observer(kind, _golden.get(module, test), differences_of(test))
+    request.node.stash[_OBSERVER] = observer
+    yield observer
+    if RECORD and kind == "linux" and observer.values:
+        _golden.put(module, test, observer.values)
+
+
+_OBSERVER = pytest.StashKey[Observer]()
+
+
+def golden_name(item):
+    """The test's name without its world; other parameters stay."""
+    rest = re.sub(r"\b(linux|cgfs)\b-?", "", item.name.partition("[")[2].rstrip("]")).strip("-")
+    return item.originalname + (f"[{rest}]" if rest else "")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "[cgfs" in item.name and "*" in (found := differences_of(item.name)):
+            item.add_marker(pytest.mark.xfail(reason=found["*"], strict=True))
+
+
+def pytest_runtest_setup():
+    for feed in _feeds:
+        feed()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test whose differing labels differ, and all others agree, counts as an expected failure."""
+    result = yield
+    if observer := pyfuncitem.stash.get(_OBSERVER, None):
+        if "[cgfs" in pyfuncitem.name:
+            assert not observer.unseen_differences(), "DIFFERENCES has labels no test observes"
+        if observer.differing:
+            pytest.xfail("; ".join(f"{what}: {why}" for what, why in observer.differing.items()))
+    return result
+
+
+def pytest_sessionfinish():
+    if RECORD:
+        _golden.save()
+
+
+def pytest_terminal_summary(terminalreporter):
+    outcomes = {}
+    for outcome in ("passed", "xfailed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for row in rows_of(report.nodeid.rpartition("::")[2]):
+                if "[cgfs" in report.nodeid:
+                    outcomes.setdefault(row, {}).setdefault(outcome, report)
+    if not outcomes:
+        return
+    agree = [row for row, seen in outcomes.items() if set(seen) == {"passed"}]
+    differ = sorted(row for row, seen in outcomes.items() if "xfailed" in seen)
+    terminalreporter.section("two worlds")
+    terminalreporter.write_line(f"conformance: {len(agree)} rows agree, {len(differ)} differ")
+    for row in differ:
+        terminalreporter.write_line(f"  row {row}: {outcomes[row]['xfailed'].wasxfail}")
+    for title, rows in (
+        ("failed", [row for row, seen in outcomes.items() if {"failed", "error"} & set(seen)]),
+        ("skipped", [row for row, seen in outcomes.items() if set(seen) == {"skipped"}]),
+        ("without a test here", set(ROWS) - set(outcomes)),
+    ):
+        if rows:
+            terminalreporter.write_line(f"  rows {title}: {', '.join(map(str, sorted(rows)))}")
