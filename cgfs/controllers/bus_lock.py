@@ -100,22 +100,6 @@ class BusLockCss(Css):
             refusing.owner.count_event()
         return False
 
-    def withdraw(self, waiter: Waiter, now_ns: int) -> bool:
-        """Interrupt a wait: the event stays owed, the waiter's next request is the same event.
-
-        Returns:
-            False if the waiter was not waiting.
-        """
-        return self.budget.tree.withdraw(waiter, now_ns)
-
-    def cancel(self, waiter: Waiter, now_ns: int) -> bool:
-        """Drop a waiter's event for good, queued or owed; counts in ``nr_cancelled``.
-
-        Returns:
-            False if there was none.
-        """
-        return self.budget.tree.cancel(waiter, now_ns)
-
     def count_event(self) -> None:
         """Count a refusal by this cgroup's own limit here and in every ancestor but the root."""
         self.events_local += 1
@@ -262,6 +246,22 @@ class BusLock(Controller):
         if self._tree is None or self._tree.next_ns == NEVER:
             return None
         return self._tree.next_ns
+
+    def withdraw(self, waiter: Waiter, now_ns: int) -> bool:
+        """Interrupt a wait: the event stays owed, the waiter's next request is the same event.
+
+        Returns:
+            False if the waiter was not waiting.
+        """
+        return self._tree is not None and self._tree.withdraw(waiter, now_ns)
+
+    def cancel(self, waiter: Waiter, now_ns: int) -> bool:
+        """Drop a waiter's event for good, queued or owed; counts in ``nr_cancelled``.
+
+        Returns:
+            False if there was none.
+        """
+        return self._tree is not None and self._tree.cancel(waiter, now_ns)
 
     def move(self, waiter: Waiter, css: BusLockCss, now_ns: int) -> None:
         """The waiter's task is in another cgroup: what it waits for or owes goes there."""

@@ -238,7 +238,7 @@ def test_interrupted_wait_counts_once(host, tenant):
     host.lock(tenant)
     lock = host.lock(tenant)
 
-    assert tenant.withdraw(lock, 10)
+    assert host.controller.withdraw(lock, 10)
     assert not tenant.request(lock, 20)
 
     assert host.show(tenant, "events") == "max 1\n"
@@ -250,7 +250,7 @@ def test_cancelled_wait_is_not_charged(host, tenant):
     host.lock(tenant)
     lock = host.lock(tenant)
 
-    assert tenant.cancel(lock, 5_000)
+    assert host.controller.cancel(lock, 5_000)
 
     assert (
         host.show(tenant, "stat")
