@@ -37,12 +37,16 @@ def best_source() -> ForkSource:
     except OSError as err:
         log.info("no process connector: %s", err.strerror)
         return ForkScan()
-    if _hears_us(connector):
+    try:
+        heard = _hears_us(connector)
+    except OSError as err:  # EPERM: an ordinary user before Linux 6.6
+        log.info("no process connector: %s", err.strerror)
+        heard = False
+    if heard:
         return connector
-    # In a container the kernel takes the subscription and sends nothing, or sends pids of the
+    # In a container the kernel takes the subscription and then sends nothing, or sends pids of the
     # initial namespace, which are not ours.
     connector.close()
-    log.info("no process connector: it does not report the processes we see")
     return ForkScan()
 
 

@@ -7,7 +7,8 @@ then the parent may have reaped the child already (kernel/exit.c do_exit()). Pid
 
 What cannot be seen: which thread created a thread, and which process made a sibling of itself with
 CLONE_PARENT; both are reported with the parent of the creating process (cn_proc.c uses
-`real_parent`). Needs CAP_NET_ADMIN in the initial user, network and pid namespaces.
+`real_parent`). Works in the initial user, network and pid namespaces only, and before Linux 6.6
+with CAP_NET_ADMIN only.
 """
 
 import ctypes
@@ -39,6 +40,10 @@ DATA = struct.Struct("=IIII")
 DATA_OFFSET = WHAT_OFFSET + 16
 
 SO_ATTACH_FILTER = 26
+SO_RCVBUFFORCE = 33
+SOL_NETLINK = 270
+NETLINK_ADD_MEMBERSHIP = 1
+NETLINK_DROP_MEMBERSHIP = 2
 RECEIVE_BUFFER_BYTES = 8 << 20  # about 10,000 messages; only occupied while they wait
 READ_AT_ONCE = 1 << 16  # bounds one `read` on a machine that forks faster than we look
 
@@ -47,7 +52,7 @@ class ProcConnector(ForkSource):
     """Forks, and exits of single threads, from the process connector's netlink socket.
 
     Raises:
-        OSError: the connector is missing or not permitted.
+        OSError: the kernel has no connector; the first `start` raises it where it is not permitted.
     """
 
     def __init__(self, receive_buffer_bytes: int = RECEIVE_BUFFER_BYTES) -> None:
@@ -56,12 +61,13 @@ class ProcConnector(ForkSource):
         try:
             self._set_buffer(receive_buffer_bytes)
             self._attach_filter()
-            self._socket.bind((0, CN_IDX_PROC))
+            self._socket.bind((0, 0))
         except OSError:
             self._socket.close()
             raise
         self._buffer = bytearray(256)
         self._since_ticks = 0  # everything before this was read
+        self._listening = False
 
     def describe(self) -> str:
         """One line for a person."""
@@ -72,21 +78,31 @@ class ProcConnector(ForkSource):
         return self._socket.fileno()
 
     def start(self) -> None:
-        """Subscribe."""
+        """Subscribe.
+
+        Being in the group is what brings messages once anybody on the machine listens; listening
+        is what makes the kernel send them at all.
+        """
         self._since_ticks = clock_ticks()
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, CN_IDX_PROC)
         self._tell(PROC_CN_MCAST_LISTEN)
+        self._listening = True
 
     def stop(self) -> None:
         """Unsubscribe; what is queued is of no interest."""
         self._tell(PROC_CN_MCAST_IGNORE)
+        self._listening = False
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_DROP_MEMBERSHIP, CN_IDX_PROC)
         for _ in self.read({}):
             pass
 
     def close(self) -> None:
         """Unsubscribe and close; kernels before 6.6 count listeners that just close for ever."""
-        with suppress(OSError):
-            self._tell(PROC_CN_MCAST_IGNORE)
+        if self._listening:
+            with suppress(OSError):
+                self._tell(PROC_CN_MCAST_IGNORE)
         self._socket.close()
+        self._listening = False
 
     def read(self, watched: Mapping[int, int]) -> Iterator[Fork | ThreadExit]:
         """Read the socket empty; after an overflow, find the lost children in /proc."""
@@ -120,9 +136,8 @@ class ProcConnector(ForkSource):
         self._socket.send(head + payload)
 
     def _set_buffer(self, size_bytes: int) -> None:
-        so_rcvbufforce = 33
         try:
-            self._socket.setsockopt(socket.SOL_SOCKET, so_rcvbufforce, size_bytes)
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size_bytes)
         except PermissionError:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size_bytes)
 

@@ -109,7 +109,9 @@ class Pidfds:
             log.warning("no permission to send %s to process %d", signum.name, tgid)
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Let go of everything; harmless when repeated."""
+        if self._epoll.closed:
+            return
         for tgid in list(self._fd):
             self.discard(tgid)
         self._start.clear()

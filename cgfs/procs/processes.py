@@ -193,6 +193,7 @@ class RealProcesses:
         fd = self._forks.fileno()
         if wanted:
             self._forks.start()
+            self._pidfds.wake()  # whoever waits may have to look from here on
             if fd is not None:
                 self._pidfds.join(fd)
         else:
@@ -217,7 +218,9 @@ class RealProcesses:
             elif self.members is not None:
                 self.members.exited(news.tid, news.tgid, self._clock())
         for tgid in gone:
-            if not self._pidfds.alive(tgid):  # not replaced by a new process of this number
+            if tgid in self._watched and not self._pidfds.alive(
+                tgid
+            ):  # not replaced by a new process of this number
                 self._gone(tgid)
         return delivered
 

@@ -1,4 +1,4 @@
-"""Forks found by looking: for an ordinary user, or where the process connector is missing.
+"""Forks found by looking, where the process connector is missing or not permitted.
 
 The kernel numbers processes upwards, and /proc/loadavg ends with the number it gave last. So a look
 costs one small read while nothing forked, and otherwise one more for each new number. Where that

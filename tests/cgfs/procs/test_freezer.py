@@ -1,0 +1,199 @@
+import ctypes
+import os
+import signal
+import time
+
+import pytest
+
+from cgfs.procs import proc
+from cgfs.procs.freezer import Freezer
+from cgfs.procs.pidfds import Pidfds
+
+PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4206, 0x4207
+IGNORES_SIGTERM = "import signal, sys; signal.signal(15, signal.SIG_IGN); print(); sys.stdin.read()"
+
+
+@pytest.fixture
+def freezer():
+    pidfds = Pidfds()
+    yield Freezer(pidfds)
+    pidfds.close()
+
+
+@pytest.fixture
+def sleeper(start):
+    return start.sh("read line")
+
+
+def state(child):
+    return proc.read_stat(child.pid).state
+
+
+def test_frozen_process_stops(freezer, sleeper):
+    freezer.freeze(sleeper.pid)
+    assert freezer.is_frozen(sleeper.pid)
+    assert state(sleeper) == "T"
+
+
+def test_running_process_is_not_frozen(freezer, sleeper):
+    assert not freezer.is_frozen(sleeper.pid)
+
+
+def test_process_that_is_gone_does_not_keep_a_cgroup_from_being_frozen(freezer, sleeper):
+    freezer.freeze(sleeper.pid)
+    sleeper.kill()
+    sleeper.wait()
+    assert freezer.is_frozen(sleeper.pid)
+
+
+def test_thawed_process_goes_on(freezer, sleeper):
+    freezer.freeze(sleeper.pid)
+    assert freezer.is_frozen(sleeper.pid)
+    freezer.thaw(sleeper.pid)
+    assert state(sleeper) != "T"
+
+
+def test_freeze_and_thaw_at_once_leaves_it_running(freezer, sleeper):
+    freezer.freeze(sleeper.pid)
+    freezer.thaw(sleeper.pid)
+    sleeper.communicate("\n", timeout=5)
+    assert sleeper.returncode == 0
+
+
+def test_freezing_does_not_wait(freezer, sleeper, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("slept"))
+    freezer.freeze(sleeper.pid)
+    freezer.thaw(sleeper.pid)
+
+
+def test_all_threads_stop(freezer, start):
+    child = start.python(
+        "import threading, time\n"
+        "for _ in range(3): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "print(flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    freezer.freeze(child.pid)
+    assert freezer.is_frozen(child.pid)
+    assert list(proc.thread_states(child.pid).values()) == ["T"] * 4
+
+
+def test_process_stopped_before_is_frozen_at_once_and_stays_stopped(freezer, sleeper, eventually):
+    sleeper.send_signal(signal.SIGSTOP)
+    eventually(lambda: state(sleeper) == "T")
+    freezer.freeze(sleeper.pid)
+    assert freezer.is_frozen(sleeper.pid)
+    freezer.thaw(sleeper.pid)
+    assert state(sleeper) == "T"
+
+
+def test_process_stopped_while_frozen_stays_stopped(freezer, sleeper):
+    freezer.freeze(sleeper.pid)
+    assert freezer.is_frozen(sleeper.pid)
+    sleeper.send_signal(signal.SIGSTOP)
+    freezer.thaw(sleeper.pid)
+    assert state(sleeper) == "T"
+    sleeper.send_signal(signal.SIGCONT)
+    assert state(sleeper) != "T"
+
+
+def test_process_that_is_continued_while_frozen_is_stopped_again(freezer, sleeper, eventually):
+    freezer.freeze(sleeper.pid)
+    assert freezer.is_frozen(sleeper.pid)
+    sleeper.send_signal(signal.SIGCONT)
+    eventually(lambda: freezer.enforce() or state(sleeper) == "T")
+
+
+def test_stop_that_was_lifted_while_frozen_is_forgotten(freezer, sleeper, eventually):
+    sleeper.send_signal(signal.SIGSTOP)
+    eventually(lambda: state(sleeper) == "T")
+    freezer.freeze(sleeper.pid)
+    sleeper.send_signal(signal.SIGCONT)
+    eventually(lambda: freezer.enforce() or state(sleeper) == "T")
+    freezer.thaw(sleeper.pid)
+    assert state(sleeper) != "T"
+
+
+def test_sigterm_ends_a_frozen_process(freezer, sleeper, eventually):
+    freezer.freeze(sleeper.pid)
+    assert freezer.is_frozen(sleeper.pid)
+    sleeper.terminate()
+    eventually(lambda: freezer.enforce() or sleeper.poll() is not None)
+    assert sleeper.returncode == -signal.SIGTERM
+
+
+def test_ignored_sigterm_leaves_a_frozen_process_frozen(freezer, start):
+    child = start.python(IGNORES_SIGTERM)
+    freezer.freeze(child.pid)
+    assert freezer.is_frozen(child.pid)
+    child.terminate()
+    freezer.enforce()
+    assert state(child) == "T"
+
+
+def test_sigkill_ends_a_frozen_process(freezer, sleeper):
+    freezer.freeze(sleeper.pid)
+    assert freezer.is_frozen(sleeper.pid)
+    sleeper.kill()
+    assert sleeper.wait(5) == -signal.SIGKILL
+
+
+def test_traced_process_counts_as_frozen(freezer, sleeper):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.ptrace(PTRACE_SEIZE, sleeper.pid, None, None):
+        pytest.skip(f"ptrace: {os.strerror(ctypes.get_errno())}")
+    libc.ptrace(PTRACE_INTERRUPT, sleeper.pid, None, None)
+    os.waitpid(sleeper.pid, os.WUNTRACED)
+    assert state(sleeper) == "t"
+    freezer.freeze(sleeper.pid)
+    assert freezer.is_frozen(sleeper.pid)
+    libc.ptrace(PTRACE_DETACH, sleeper.pid, None, None)
+    assert freezer.is_frozen(sleeper.pid)
+    freezer.thaw(sleeper.pid)
+    assert state(sleeper) != "T"
+
+
+def test_parent_that_waits_for_vfork_counts_as_frozen(freezer, start, eventually):
+    # posix_spawn waits in the kernel until its child has opened the file: nobody writes the fifo.
+    child = start.python(
+        "import os, tempfile\n"
+        "fifo = os.path.join(tempfile.mkdtemp(), 'fifo')\n"
+        "os.mkfifo(fifo)\n"
+        "print(fifo, flush=True)\n"
+        "os.posix_spawn('/bin/true', ['true'], {}, "
+        "file_actions=[(os.POSIX_SPAWN_OPEN, 9, fifo, os.O_RDONLY, 0)])\n"
+    )
+    try:
+        eventually(lambda: state(child) == "D")
+        freezer.freeze(child.pid)
+        assert freezer.is_frozen(child.pid)
+        freezer.thaw(child.pid)
+        with open(child.said, "w"):
+            pass
+        assert child.wait(5) == 0
+    finally:
+        os.unlink(child.said)
+        os.rmdir(os.path.dirname(child.said))
+
+
+def test_server_itself_is_never_stopped(freezer):
+    freezer.freeze(os.getpid())
+    assert freezer.is_frozen(os.getpid())
+    assert len(freezer) == 0
+
+
+def test_kernel_thread_is_left_alone(freezer):
+    if proc.read_stat(proc.KTHREADD_PID) is None:
+        pytest.skip("kernel threads are not visible in this pid namespace")
+    freezer.freeze(proc.KTHREADD_PID)
+    assert freezer.is_frozen(proc.KTHREADD_PID)
+    assert len(freezer) == 0
+
+
+def test_thaw_all_leaves_nobody_stopped(freezer, start):
+    children = [start.sh("read line") for _ in range(3)]
+    for child in children:
+        freezer.freeze(child.pid)
+    assert all(freezer.is_frozen(child.pid) for child in children)
+    freezer.thaw_all()
+    assert all(state(child) != "T" for child in children)
