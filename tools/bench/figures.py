@@ -36,9 +36,7 @@ def idle_memory(scratch: Path, nr_cgroups: int) -> Sequence[Figure]:
         for first in range(0, nr_cgroups, CGROUPS_PER_DIRECTORY):
             directory = world.nest / f"from{first}"
             directory.mkdir()
-            (directory / "cgroup.subtree_control").write_text(
-                (world.nest / "cgroup.subtree_control").read_text()
-            )
+            worlds.enable_all(directory)
             for number in range(min(CGROUPS_PER_DIRECTORY, nr_cgroups - first) - 1):
                 (directory / str(number)).mkdir()
         each = (_resident_bytes(world.server) - before) / nr_cgroups

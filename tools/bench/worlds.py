@@ -129,12 +129,10 @@ def ours(scratch: Path) -> Iterator[World]:
     target = scratch / "cgfs"
     command = [str(program), "mount", "--foreground", str(target)]
     with served(command, target, target / "cgroup.controllers") as server:
-        words = (target / "cgroup.controllers").read_text().split()
-        enable = " ".join(f"+{word}" for word in words)
         top = target / "bench"
-        (target / "cgroup.subtree_control").write_text(enable)
+        enable_all(target)
         top.mkdir()
-        (top / "cgroup.subtree_control").write_text(enable)
+        enable_all(top)
         group = top / GROUP
         group.mkdir()
         (group / "encryption_ids.sev.max").write_text("5")
@@ -146,6 +144,12 @@ def ours(scratch: Path) -> Iterator[World]:
             nest=top,
             server=server.pid,
         )
+
+
+def enable_all(cgroup: Path) -> None:
+    """Gives the children of a cgroup the full set of files."""
+    controllers = (cgroup / "cgroup.controllers").read_text().split()
+    (cgroup / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
 
 
 @contextlib.contextmanager
