@@ -1,0 +1,1 @@
+"""The KVM ABI as tables: numbers, layouts, bit names. No behaviour."""

@@ -1,0 +1,62 @@
+"""Structures that ioctl arguments point at."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kvmsim.abi.layout import Field, Layout
+
+KVM_ENABLE_CAP: Final = Layout(
+    "kvm_enable_cap",
+    104,
+    {
+        "cap": Field(0, "u32"),
+        "flags": Field(4, "u32"),
+        "args": Field(8, "u64", 4),
+        "pad": Field(40, "u8", 64),
+    },
+)
+
+KVM_MP_STATE: Final = Layout("kvm_mp_state", 4, {"mp_state": Field(0, "u32")})
+
+_REGS = (
+    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
+    *("rip", "rflags"),
+)
+KVM_REGS: Final = Layout(
+    "kvm_regs", 144, {name: Field(8 * index, "u64") for index, name in enumerate(_REGS)}
+)
+
+#: Header of the variable-length table; ``entries`` follow at offset 8.
+KVM_CPUID2: Final = Layout("kvm_cpuid2", 8, {"nent": Field(0, "u32"), "padding": Field(4, "u32")})
+
+KVM_CPUID_ENTRY2: Final = Layout(
+    "kvm_cpuid_entry2",
+    40,
+    {
+        "function": Field(0, "u32"),
+        "index": Field(4, "u32"),
+        "flags": Field(8, "u32"),
+        "eax": Field(12, "u32"),
+        "ebx": Field(16, "u32"),
+        "ecx": Field(20, "u32"),
+        "edx": Field(24, "u32"),
+        "padding": Field(28, "u32", 3),
+    },
+)
+KVM_MAX_CPUID_ENTRIES: Final = 256
+KVM_CPUID_FLAG_SIGNIFCANT_INDEX: Final = 1  # the kernel's own spelling
+
+KVM_DEVICE_ATTR: Final = Layout(
+    "kvm_device_attr",
+    24,
+    {
+        "flags": Field(0, "u32"),
+        "group": Field(4, "u32"),
+        "attr": Field(8, "u64"),
+        "addr": Field(16, "u64"),
+    },
+)
+KVM_X86_GRP_SEV: Final = 1
+KVM_X86_SEV_VMSA_FEATURES: Final = 0

@@ -1,0 +1,1 @@
+"""The physical machine: what it is made of and what its kernel made of that."""

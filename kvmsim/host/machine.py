@@ -1,0 +1,101 @@
+"""The machine: a preset, what its kernel made of it, and the capacities it registered.
+
+Making a machine is loading its KVM module: SEV is probed, and the capacities go to the cgroup
+controllers the host has, ``sev`` before ``sev_es``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, cast
+
+from kvmsim.host import sysfiles
+from kvmsim.host.accounting import CHARGED_BY, has
+from kvmsim.host.sev_setup import set_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cgfs.core.roots import Roots
+    from kvmsim.host.accounting import Accounting
+    from kvmsim.host.presets import Preset
+    from kvmsim.host.quirks import Quirks
+
+
+class Counted(Protocol):
+    """The one verb of a controller that a machine uses."""
+
+    def set_capacity(self, resource: str, amount: int) -> None:
+        """Say how many units of a resource the machine has."""
+
+
+class Machine:
+    """One physical machine with its kernel running.
+
+    Args:
+        preset: which machine.
+        roots: the hierarchies of the host; ``None`` for a machine whose capacities live elsewhere.
+        accounting: who charges cgroups and admits bus locks.
+
+    Attributes:
+        preset: as given.
+        accounting: as given.
+        sev: SEV as KVM may use it.
+        capacities: every counted resource that exists, in registration order.
+        bus_lock_exit: ``none``, ``trap`` or ``fault``.
+        parameters: ``module/parameters/name`` below ``/sys/module`` -> text.
+        log: what the kernel printed about SEV.
+    """
+
+    __slots__ = (
+        "_cpuinfo",
+        "accounting",
+        "bus_lock_exit",
+        "capacities",
+        "log",
+        "parameters",
+        "preset",
+        "sev",
+    )
+
+    def __init__(self, preset: Preset, roots: Roots | None, accounting: Accounting) -> None:
+        self.preset = preset
+        self.accounting = accounting
+        self.sev = set_up(preset)
+        self.log = self.sev.log
+        self.bus_lock_exit = preset.bus_lock.exit
+        self.capacities = {name: amount for name, amount in self._counted() if amount}
+        self.parameters = sysfiles.module_parameters(preset, self.sev)
+        self._cpuinfo = ""
+        if roots is not None:
+            self._register(roots)
+
+    @property
+    def quirks(self) -> Quirks:
+        """The kernel's oddities on this machine."""
+        return self.preset.quirks
+
+    @property
+    def cpuinfo(self) -> str:
+        """The text of ``/proc/cpuinfo``."""
+        if not self._cpuinfo:
+            self._cpuinfo = sysfiles.cpuinfo(self.preset)
+        return self._cpuinfo
+
+    @property
+    def bus_lock_stall_ns(self) -> int:
+        """For how long one bus lock stalls every other CPU."""
+        return self.preset.bus_lock.stall_cycles * 1_000_000 // self.preset.tsc_khz
+
+    def _counted(self) -> Iterator[tuple[str, int]]:
+        yield "sev", self.sev.sev_capacity
+        yield "sev_es", self.sev.sev_es_capacity
+        if self.preset.tdx is not None:
+            yield "tdx", self.preset.tdx.keys
+        yield from self.preset.misc.items()
+
+    def _register(self, roots: Roots) -> None:
+        for name, amount in self.capacities.items():
+            for controller in CHARGED_BY.get(name, ("misc",)):
+                if has(roots, controller):
+                    counted = cast("Counted", roots.controller(controller))
+                    counted.set_capacity(name, amount)

@@ -1,0 +1,113 @@
+"""The program that makes a call, as far as KVM looks at it.
+
+This is the seam at which real processes come in. KVM knows its caller only as a :class:`Client`:
+who is charged, whose address space it is, and how to reach memory behind a pointer. A front end for
+other processes implements the four members; code in this process uses :class:`LocalClient`, or
+gives a Python buffer wherever the ABI has a pointer.
+"""
+
+from __future__ import annotations
+
+from errno import EFAULT
+from typing import Protocol
+
+from kvmsim.errors import KvmError
+
+#: Where an argument points: an address in the client's memory, or a buffer of this process.
+Pointer = int | bytes | bytearray
+
+
+class Client(Protocol):
+    """A calling thread.
+
+    Attributes:
+        pid: whose cgroup is charged for what the call takes.
+        mm: identity of its address space. Objects made in one refuse calls from another.
+    """
+
+    @property
+    def pid(self) -> int:
+        """See the class."""
+
+    @property
+    def mm(self) -> object:
+        """See the class."""
+
+    def read(self, address: int, size_bytes: int) -> bytes:
+        """Copy from the client's memory; KvmError EFAULT when it cannot be read."""
+
+    def write(self, address: int, data: bytes) -> None:
+        """Copy to the client's memory; KvmError EFAULT when it cannot be written."""
+
+
+class LocalClient:
+    """A caller in this process.
+
+    Args:
+        pid: whose cgroup is charged.
+
+    Attributes:
+        pid: as given.
+        mm: the pid; two local clients of one pid share an address space.
+    """
+
+    __slots__ = ("_end", "_mapped", "mm", "pid")
+
+    _FIRST_ADDRESS = 0x7F00_0000_0000
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.mm: object = pid
+        self._mapped: dict[int, bytearray] = {}
+        self._end = self._FIRST_ADDRESS
+
+    def map(self, data: bytearray) -> int:
+        """Give a buffer an address, for structures that contain pointers."""
+        address = self._end
+        self._mapped[address] = data
+        # A gap after each buffer, so that running over its end is a fault.
+        self._end += (len(data) // 4096 + 2) * 4096
+        return address
+
+    def read(self, address: int, size_bytes: int) -> bytes:
+        """See :meth:`Client.read`."""
+        data, offset = self._find(address, size_bytes)
+        return bytes(data[offset : offset + size_bytes])
+
+    def write(self, address: int, data: bytes) -> None:
+        """See :meth:`Client.write`."""
+        target, offset = self._find(address, len(data))
+        target[offset : offset + len(data)] = data
+
+    def _find(self, address: int, size_bytes: int) -> tuple[bytearray, int]:
+        for start, data in self._mapped.items():
+            if start <= address and address + size_bytes <= start + len(data):
+                return data, address - start
+        raise KvmError(EFAULT, f"nothing at {address:#x}")
+
+
+def copy_from_user(client: Client, pointer: Pointer, size_bytes: int, offset: int = 0) -> bytes:
+    """Read a structure.
+
+    Raises:
+        KvmError: EFAULT.
+    """
+    if isinstance(pointer, int):
+        return client.read(pointer + offset, size_bytes)
+    if len(pointer) < offset + size_bytes:
+        raise KvmError(EFAULT, f"{len(pointer)} bytes given, {offset + size_bytes} read")
+    return bytes(pointer[offset : offset + size_bytes])
+
+
+def copy_to_user(client: Client, pointer: Pointer, data: bytes, offset: int = 0) -> None:
+    """Write a structure.
+
+    Raises:
+        KvmError: EFAULT.
+    """
+    if isinstance(pointer, int):
+        client.write(pointer + offset, data)
+    elif isinstance(pointer, bytes) or len(pointer) < offset + len(data):
+        raise KvmError(EFAULT, f"{len(data)} bytes do not fit")
+    else:
+        pointer[offset : offset + len(data)] = data

@@ -1,0 +1,132 @@
+"""What each stop of the guest puts into the page, and how the I/O ones end.
+
+Layouts: ``kvmsim.abi.run``. Each function returns the exit reason, or None when KVM handles the
+stop and the guest goes on.
+"""
+
+from __future__ import annotations
+
+from struct import pack_into
+from typing import TYPE_CHECKING
+
+from kvmsim.abi.caps import KVM_MP_STATE_HALTED
+from kvmsim.abi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, Exit
+from kvmsim.abi.run import PIO_DATA_OFFSET
+
+if TYPE_CHECKING:
+    from kvmsim.engine.base import (
+        Debug,
+        Hlt,
+        InternalError,
+        Io,
+        IrqWindow,
+        Mmio,
+        StopBase,
+    )
+    from kvmsim.kvm.vcpu import Vcpu
+
+DR6_ACTIVE_LOW = 0xFFFF0FF0
+DR6_BUS_LOCK = 1 << 11
+READY_AND_IF = 0x0101
+
+
+def retire(vcpu: Vcpu, stop: StopBase) -> None:
+    """The instruction of a stop is done."""
+    vcpu.rip += stop.insn_len
+    vcpu.stop = None
+
+
+def hlt(vcpu: Vcpu, stop: Hlt, now_ns: int) -> int | None:
+    """HLT: to user space without an in-kernel APIC, else a wait inside KVM."""
+    retire(vcpu, stop)
+    if not vcpu.vm.irqchip:
+        return Exit.HLT
+    vcpu.mp_state = KVM_MP_STATE_HALTED
+    after_ns = stop.wake_after_ns
+    vcpu.wake_at_ns = None if after_ns is None else now_ns + after_ns
+    return None
+
+
+def io(vcpu: Vcpu, stop: Io) -> int:
+    """IN or OUT. OUTS goes out one element at a time, INS all at once."""
+    size = stop.size
+    if stop.data:
+        element = stop.data[vcpu.io_done : vcpu.io_done + size]
+        vcpu.run.memory[PIO_DATA_OFFSET : PIO_DATA_OFFSET + len(element)] = element
+        direction, count = KVM_EXIT_IO_OUT, 1
+    else:
+        direction, count = KVM_EXIT_IO_IN, stop.count
+    pack_into("<BBHIQ", vcpu.run.memory, 32, direction, size, stop.port, count, PIO_DATA_OFFSET)
+    vcpu.pending, vcpu.pending_rip = stop, vcpu.rip
+    return Exit.IO
+
+
+def complete_io(vcpu: Vcpu, stop: Io) -> None:
+    """Take what IN brought; go on to the next element of OUTS."""
+    if not stop.data:
+        size_bytes = stop.size * stop.count
+        vcpu.input = bytes(vcpu.run.memory[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size_bytes])
+    else:
+        vcpu.io_done += stop.size
+        if vcpu.io_done < len(stop.data):
+            vcpu.remaining_ns = 0
+            vcpu.lock_done = True
+            return
+    vcpu.io_done = 0
+    retire(vcpu, stop)
+
+
+def mmio(vcpu: Vcpu, stop: Mmio) -> int:
+    """An access without a memslot."""
+    data = stop.data
+    size = len(data) if data else stop.size
+    pack_into("<Q8sIB", vcpu.run.memory, 32, stop.gpa, data, size, bool(data))
+    vcpu.pending, vcpu.pending_rip = stop, vcpu.rip
+    return Exit.MMIO
+
+
+def complete_mmio(vcpu: Vcpu, stop: Mmio) -> None:
+    """Take what the read brought."""
+    if not stop.data:
+        vcpu.input = bytes(vcpu.run.memory[40 : 40 + stop.size])
+    retire(vcpu, stop)
+
+
+def irq_window(vcpu: Vcpu, stop: IrqWindow) -> int | None:
+    """The guest can take an interrupt; only a VMM that asked hears of it."""
+    retire(vcpu, stop)
+    if not vcpu.run.request_interrupt_window:
+        return None
+    vcpu.ready_and_if = READY_AND_IF
+    return Exit.IRQ_WINDOW_OPEN
+
+
+def shutdown(vcpu: Vcpu) -> int:
+    """Triple fault. RIP stays where it was."""
+    vcpu.stop = None
+    return Exit.SHUTDOWN
+
+
+def internal_error(vcpu: Vcpu, stop: InternalError) -> int:
+    """KVM cannot go on. RIP stays on the instruction."""
+    words = stop.data[:16]
+    pack_into(f"<II{len(words)}Q", vcpu.run.memory, 32, stop.suberror, len(words), *words)
+    vcpu.stop = None
+    return Exit.INTERNAL_ERROR
+
+
+def debug(vcpu: Vcpu, stop: Debug) -> int:
+    """A debug exception for the VMM.
+
+    Linux 6.12 vmx.c ``handle_exception_nmi`` ORs the qualification, whose polarity is active high,
+    into the active-low reset value: bit 11 always reads as "no bus lock". AMD reports DR6 as it is.
+    """
+    retire(vcpu, stop)
+    machine = vcpu.vm.machine
+    dr6 = stop.dr6
+    if machine.preset.vendor == "intel":
+        dr6 |= DR6_ACTIVE_LOW
+        if stop.dr6 & DR6_BUS_LOCK and not machine.quirks.debug_exit_hides_bus_lock:
+            dr6 &= ~DR6_BUS_LOCK
+    pack_into("<IIQQQ", vcpu.run.memory, 32, stop.exception, 0, vcpu.rip, dr6, stop.dr7)
+    return Exit.DEBUG

@@ -1,0 +1,365 @@
+"""KVM_RUN: enter the guest, stop, fill the page, finish pending I/O on the way back in.
+
+The model may not sleep, so one KVM_RUN is a sequence of steps the caller makes: :func:`kvm_run`
+starts it, and while it answers a :data:`Blocked`, whoever schedules lets that much time pass and
+calls :func:`resume`; ``None`` ends it like a return value of 0, with the exit in the page::
+
+    blocked = vcpu.kvm_run(now)
+    while blocked is not None:
+        now = ...                       # InGuest: guest_ns of guest time; else until on_wake
+        blocked = vcpu.resume(now)      # or vcpu.interrupt(now): EINTR
+    vcpu.run.exit_reason
+
+Order of the checks: kvm.md F.4. Bus locks: ``kvmsim.kvm.bus_lock``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from errno import EAGAIN, EINTR, EINVAL, EIO
+from typing import TYPE_CHECKING
+
+from kvmsim.abi.caps import (
+    KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_UNINITIALIZED,
+)
+from kvmsim.abi.exits import KVM_RUN_X86_BUS_LOCK, Exit
+from kvmsim.abi.ioctls import KVM_RUN
+from kvmsim.abi.run import KVM_SYNC_X86_REGS, SYNC_REGS_OFFSET
+from kvmsim.abi.structs import KVM_REGS
+from kvmsim.engine.base import (
+    BusLock,
+    Debug,
+    Hlt,
+    InKernel,
+    InternalError,
+    Io,
+    IrqWindow,
+    Mmio,
+    Shutdown,
+)
+from kvmsim.errors import KvmError
+from kvmsim.kvm import bus_lock, exits
+from kvmsim.kvm.dispatch import VcpuFile, handles
+from kvmsim.kvm.page import (
+    U8_IMMEDIATE_EXIT,
+    U16_FLAGS,
+    U16_READY_AND_IF,
+    U32_EXIT_REASON,
+    U64_APIC_BASE,
+    U64_CR8,
+    U64_DIRTY_REGS,
+    U64_VALID_REGS,
+)
+
+if TYPE_CHECKING:
+    from kvmsim.engine.base import Stop
+    from kvmsim.kvm.dispatch import Call
+    from kvmsim.kvm.vcpu import Vcpu
+
+
+@dataclass(slots=True)
+class InGuest:
+    """The guest executes. One object per vCPU, valid until the next call on that vCPU.
+
+    Attributes:
+        guest_ns: guest time until it stops, stalls excluded.
+    """
+
+    guest_ns: int = 0
+
+
+@dataclass(slots=True)
+class Halted:
+    """The vCPU waits inside KVM: HLT with an in-kernel APIC, or an AP for its SIPI.
+
+    Attributes:
+        wake_after_ns: when the guest's own timer ends it (the caller then calls ``vcpu.wake``);
+            ``None``: only an event from outside does.
+    """
+
+    wake_after_ns: int | None = None
+
+
+@dataclass(slots=True)
+class Throttled:
+    """The vCPU waits for the admission of a bus lock; ``vcpu.admitted`` ends it."""
+
+
+Blocked = InGuest | Halted | Throttled
+
+THROTTLED = Throttled()
+
+# Where a vCPU is. Plain numbers: they are compared at every step.
+OUT = 0  # in user space
+GUEST = 1
+HALTED = 2
+WAIT_SIPI = 3
+QUEUED = 4  # for admission of a bus lock
+READY = 5  # woken or admitted; resume() goes on
+SIPI = 6  # started; resume() returns EAGAIN
+
+PHASES = ("user", "guest", "halted", "wait-sipi", "throttled", "ready", "ready")
+
+
+@handles(VcpuFile, KVM_RUN)
+def run_ioctl(vcpu: Vcpu, call: Call) -> int | Blocked:
+    """KVM_RUN as an ioctl: 0, or how it is blocked."""
+    if call.value != 0:
+        raise KvmError(EINVAL, "KVM_RUN takes no argument")
+    blocked = kvm_run(vcpu, call.now_ns)
+    return 0 if blocked is None else blocked
+
+
+def kvm_run(vcpu: Vcpu, now_ns: int) -> Blocked | None:
+    """Start KVM_RUN.
+
+    Returns:
+        What the vCPU is doing, or None: KVM_RUN returned 0 and the page says why.
+
+    Raises:
+        KvmError: EIO dead VM; EINTR immediate_exit; EINVAL unsupported register sets, or a VM that
+            is not initialised yet.
+    """
+    vm = vcpu.vm
+    if vm.dead or vcpu.closed:
+        raise KvmError(EIO, "the VM is gone")
+    if vcpu.phase != OUT:
+        msg = f"vCPU {vcpu.id} is in KVM_RUN already"
+        raise RuntimeError(msg)
+    run = vcpu.run
+    immediate_exit = run.u8[U8_IMMEDIATE_EXIT]
+    run.u16[U16_FLAGS] = 0
+    if vcpu.mp_state == KVM_MP_STATE_UNINITIALIZED:
+        if immediate_exit:
+            _store(vcpu)
+            raise KvmError(EINTR, "immediate_exit")
+        vcpu.phase = WAIT_SIPI
+        return Halted()
+    _take_over_page(vcpu)
+    if vcpu.pending is not None:
+        _complete(vcpu)
+    if vcpu.intercepted:
+        bus_lock.compare_rip(vcpu)
+    if immediate_exit:
+        _store(vcpu)
+        raise KvmError(EINTR, "immediate_exit")
+    if vm.needs_init:
+        _store(vcpu)
+        raise KvmError(EINVAL, "an encrypted VM runs after KVM_SEV_INIT2")
+    run.u32[U32_EXIT_REASON] = 0
+    vcpu.has_run = True
+    return enter(vcpu, now_ns)
+
+
+def resume(vcpu: Vcpu, now_ns: int) -> Blocked | None:
+    """Go on with KVM_RUN: the guest time is over, or the wait is.
+
+    Raises:
+        KvmError: EAGAIN, an AP got its SIPI; call KVM_RUN again.
+    """
+    phase = vcpu.phase
+    if phase == GUEST:
+        stop = vcpu.stop
+        assert stop is not None
+        if type(stop) is BusLock:
+            if bus_lock.taken(vcpu, stop, now_ns):
+                leave(vcpu, Exit.X86_BUS_LOCK, KVM_RUN_X86_BUS_LOCK)
+                return None
+            return enter(vcpu, now_ns)
+        return _stopped(vcpu, stop, now_ns)
+    if phase == READY:
+        return enter(vcpu, now_ns)
+    if phase == SIPI:
+        vcpu.phase = OUT
+        _store(vcpu)
+        raise KvmError(EAGAIN, "started")
+    msg = f"vCPU {vcpu.id} has nothing to go on with: {PHASES[phase]}"
+    raise RuntimeError(msg)
+
+
+def interrupt(vcpu: Vcpu, now_ns: int, guest_ns: int | None = None) -> None:
+    """A signal, or a kick by another thread, while KVM_RUN is blocked.
+
+    The stop the guest was on its way to stays; so does an owed bus lock.
+
+    Args:
+        vcpu: the vCPU.
+        now_ns: when.
+        guest_ns: guest time it got since it entered; the time that passed, by default.
+
+    Raises:
+        KvmError: EINTR, always; the exit reason is KVM_EXIT_INTR.
+    """
+    phase = vcpu.phase
+    if phase == OUT:
+        msg = f"vCPU {vcpu.id} is not in KVM_RUN"
+        raise RuntimeError(msg)
+    if phase == GUEST:
+        ran_ns = now_ns - vcpu.since_ns if guest_ns is None else guest_ns
+        vcpu.remaining_ns = max(0, vcpu.remaining_ns - ran_ns)
+    vcpu.phase = OUT
+    if phase == QUEUED:
+        vcpu.vm.accounting.bus_lock_withdraw(vcpu, now_ns)
+        if vcpu.owed:  # not admitted in the last moment
+            vcpu.throttled_ns += now_ns - vcpu.since_ns
+    vcpu.run.u32[U32_EXIT_REASON] = Exit.INTR
+    vcpu.exits[Exit.INTR] += 1
+    _store(vcpu)
+    raise KvmError(EINTR, "signal")
+
+
+def wake(vcpu: Vcpu, now_ns: int) -> None:
+    """End a halt: the guest's timer fired or an interrupt arrived. Nothing, if not halted."""
+    if vcpu.mp_state != KVM_MP_STATE_HALTED:
+        return
+    vcpu.mp_state = KVM_MP_STATE_RUNNABLE
+    if vcpu.phase == HALTED:
+        vcpu.phase = READY
+        if vcpu.on_wake is not None:
+            vcpu.on_wake(vcpu, now_ns)
+
+
+def sipi(vcpu: Vcpu, now_ns: int) -> None:
+    """Start an application processor. Nothing, if it is not waiting for that."""
+    if vcpu.mp_state != KVM_MP_STATE_UNINITIALIZED:
+        return
+    vcpu.mp_state = KVM_MP_STATE_RUNNABLE
+    if vcpu.phase == WAIT_SIPI:
+        vcpu.phase = SIPI
+        if vcpu.on_wake is not None:
+            vcpu.on_wake(vcpu, now_ns)
+
+
+def admitted(vcpu: Vcpu, now_ns: int) -> None:
+    """The bus lock this vCPU waits for is admitted; the limiter calls this."""
+    vcpu.owed = False
+    vcpu.throttled_ns += now_ns - vcpu.since_ns
+    if vcpu.phase != QUEUED:  # interrupted at this very moment
+        return
+    vcpu.phase = READY
+    if vcpu.on_wake is not None:
+        vcpu.on_wake(vcpu, now_ns)
+
+
+def enter(vcpu: Vcpu, now_ns: int) -> Blocked:
+    """Get into the guest: past a halt, past the limiter, up to the next stop."""
+    if vcpu.mp_state == KVM_MP_STATE_HALTED:
+        vcpu.phase = HALTED
+        wake_at_ns = vcpu.wake_at_ns
+        return Halted(None if wake_at_ns is None else max(0, wake_at_ns - now_ns))
+    if vcpu.owed:
+        # Set first: asking may admit others, whose schedulers look at every vCPU.
+        vcpu.phase = QUEUED
+        vcpu.since_ns = now_ns
+        if not vcpu.vm.accounting.bus_lock(vcpu.pid, vcpu, now_ns):
+            return THROTTLED
+        vcpu.owed = False
+    if vcpu.intercepted:
+        bus_lock.execute_intercepted(vcpu, now_ns)
+    stop = vcpu.stop
+    if stop is None:
+        stop = vcpu.stop = vcpu.engine.next_stop(vcpu)
+        vcpu.remaining_ns = stop.after_ns
+        vcpu.lock_done = False
+    vcpu.phase = GUEST
+    vcpu.since_ns = now_ns
+    in_guest = vcpu.in_guest
+    in_guest.guest_ns = vcpu.remaining_ns
+    return in_guest
+
+
+def leave(vcpu: Vcpu, reason: int, flags: int) -> None:
+    """Return from KVM_RUN with an exit reason."""
+    run = vcpu.run
+    run.u32[U32_EXIT_REASON] = reason
+    run.u16[U16_FLAGS] = flags
+    vcpu.exits[reason] += 1
+    vcpu.phase = OUT
+    _store(vcpu)
+
+
+def _stopped(vcpu: Vcpu, stop: Stop, now_ns: int) -> Blocked | None:
+    """The guest stopped for another reason than a bus lock, which may still ride on it."""
+    detected = False
+    if stop.bus_lock and not vcpu.lock_done:
+        if vcpu.fault_like and bus_lock.intercepts(vcpu):
+            if bus_lock.intercept(vcpu):
+                leave(vcpu, Exit.X86_BUS_LOCK, KVM_RUN_X86_BUS_LOCK)
+                return None
+            return enter(vcpu, now_ns)
+        detected = bus_lock.ride(vcpu, now_ns)
+    reason = _exit_reason(vcpu, stop, now_ns)
+    if reason is None:
+        # Linux 6.12 vmx.c handle_bus_lock_vmexit path: a kernel-handled exit that carries a
+        # detection goes to user space after all.
+        if detected and vcpu.bus_lock_exit:
+            leave(vcpu, Exit.X86_BUS_LOCK, KVM_RUN_X86_BUS_LOCK)
+            return None
+        return enter(vcpu, now_ns)
+    leave(vcpu, reason, KVM_RUN_X86_BUS_LOCK if detected and vcpu.bus_lock_exit else 0)
+    return None
+
+
+def _exit_reason(vcpu: Vcpu, stop: Stop, now_ns: int) -> int | None:
+    """Do what KVM does for a stop; None when the guest goes on."""
+    reason: int | None = None
+    match stop:
+        case Io():
+            reason = exits.io(vcpu, stop)
+        case Mmio():
+            reason = exits.mmio(vcpu, stop)
+        case Hlt():
+            reason = exits.hlt(vcpu, stop, now_ns)
+        case InKernel() | BusLock():
+            exits.retire(vcpu, stop)
+        case IrqWindow():
+            reason = exits.irq_window(vcpu, stop)
+        case Shutdown():
+            reason = exits.shutdown(vcpu)
+        case InternalError():
+            reason = exits.internal_error(vcpu, stop)
+        case Debug():
+            reason = exits.debug(vcpu, stop)
+    return reason
+
+
+def _complete(vcpu: Vcpu) -> None:
+    """Finish the I/O of the previous exit: the answer goes in and RIP moves on."""
+    stop, vcpu.pending = vcpu.pending, None
+    if vcpu.rip != vcpu.pending_rip:
+        # User space went elsewhere: the instruction is abandoned (kvm.md F.4).
+        vcpu.stop = None
+        vcpu.io_done = 0
+        return
+    if isinstance(stop, Io):
+        exits.complete_io(vcpu, stop)
+    elif isinstance(stop, Mmio):
+        exits.complete_mmio(vcpu, stop)
+
+
+def _take_over_page(vcpu: Vcpu) -> None:
+    """Read what user space left in the page for this run."""
+    run = vcpu.run
+    valid, dirty = run.u64[U64_VALID_REGS], run.u64[U64_DIRTY_REGS]
+    if valid or dirty:
+        if (valid | dirty) & ~KVM_SYNC_X86_REGS:
+            raise KvmError(EINVAL, "unsupported register set")
+        if dirty:
+            end = SYNC_REGS_OFFSET + KVM_REGS.size_bytes
+            vcpu.set_regs(bytes(run.memory[SYNC_REGS_OFFSET:end]))
+            run.u64[U64_DIRTY_REGS] = 0
+    if not vcpu.vm.irqchip:
+        vcpu.cr8 = run.u64[U64_CR8]
+
+
+def _store(vcpu: Vcpu) -> None:
+    """Fill the part of the page that is the same for every way out."""
+    run = vcpu.run
+    run.u16[U16_READY_AND_IF] = vcpu.ready_and_if
+    run.u64[U64_CR8] = vcpu.cr8
+    run.u64[U64_APIC_BASE] = vcpu.apic_base
+    if run.u64[U64_VALID_REGS] & KVM_SYNC_X86_REGS:
+        end = SYNC_REGS_OFFSET + KVM_REGS.size_bytes
+        run.memory[SYNC_REGS_OFFSET:end] = vcpu.get_regs()

@@ -1,0 +1,212 @@
+"""``/dev/kvm``: versions, capabilities, new VMs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from errno import EINVAL, ENXIO
+from typing import TYPE_CHECKING
+
+from kvmsim.abi import caps
+from kvmsim.abi.ioctls import (
+    KVM_CHECK_EXTENSION,
+    KVM_CREATE_VM,
+    KVM_GET_API_VERSION,
+    KVM_GET_DEVICE_ATTR,
+    KVM_GET_SUPPORTED_CPUID,
+    KVM_GET_VCPU_MMAP_SIZE,
+    KVM_HAS_DEVICE_ATTR,
+)
+from kvmsim.abi.run import MMAP_SIZE_BYTES
+from kvmsim.abi.structs import (
+    KVM_DEVICE_ATTR,
+    KVM_X86_GRP_SEV,
+    KVM_X86_SEV_VMSA_FEATURES,
+)
+from kvmsim.errors import KvmError
+from kvmsim.kvm import cpuid
+from kvmsim.kvm.client import Client, LocalClient, copy_to_user
+from kvmsim.kvm.dispatch import SystemFile, handles
+from kvmsim.kvm.vm import Vm
+from kvmsim.sev.keys import Keys
+
+if TYPE_CHECKING:
+    from kvmsim.host.machine import Machine
+    from kvmsim.kvm.dispatch import Call
+    from kvmsim.sev.asid import AsidStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class SystemStatistics:
+    """What KVM as a whole holds.
+
+    Attributes:
+        vms: VMs that are not destroyed.
+        vcpus: their vCPUs.
+        asids: the ASID pool.
+        tdx_free: trust domain keys nobody holds.
+    """
+
+    vms: int
+    vcpus: int
+    asids: AsidStatistics
+    tdx_free: int
+
+
+class System(SystemFile):
+    """KVM of one machine.
+
+    Args:
+        machine: what it runs on.
+
+    Attributes:
+        machine: as given.
+        keys: what it can encrypt guests with.
+        vms: VMs that are not destroyed, in order of creation.
+    """
+
+    __slots__ = ("_creator", "_extensions", "keys", "machine", "vms")
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.keys = Keys(machine)
+        self.vms: dict[Vm, None] = {}
+        self._creator = LocalClient(0)
+        self._extensions = _extensions(machine)
+
+    @property
+    def creator(self) -> Client:
+        """Nobody in particular."""
+        return self._creator
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION: what a capability is worth; 0 for one that is not known."""
+        return self._extensions.get(cap, 0)
+
+    def create_vm(self, vm_type: int = 0, owner: int | Client = 0) -> Vm:
+        """KVM_CREATE_VM.
+
+        Args:
+            vm_type: ``KVM_X86_*_VM``.
+            owner: the calling process, or just its pid.
+
+        Raises:
+            KvmError: EINVAL, a type this machine does not have.
+        """
+        if not 0 <= vm_type < 32 or not self._extensions[caps.KVM_CAP_VM_TYPES] & 1 << vm_type:
+            raise KvmError(EINVAL, f"VM type {vm_type}")
+        vm = Vm(self, vm_type, LocalClient(owner) if isinstance(owner, int) else owner)
+        self.vms[vm] = None
+        return vm
+
+    def forget(self, vm: Vm) -> None:
+        """A VM is destroyed."""
+        del self.vms[vm]
+
+    def statistics(self) -> SystemStatistics:
+        """Take a snapshot."""
+        return SystemStatistics(
+            vms=len(self.vms),
+            vcpus=sum(len(vm.vcpus) for vm in self.vms),
+            asids=self.keys.asids.statistics(),
+            tdx_free=len(self.keys.tdx_free),
+        )
+
+
+def _extensions(machine: Machine) -> dict[int, int]:
+    """Capability -> value, for what this KVM does."""
+    both = caps.KVM_BUS_LOCK_DETECTION_OFF | caps.KVM_BUS_LOCK_DETECTION_EXIT
+    return {
+        caps.KVM_CAP_IRQCHIP: 1,
+        caps.KVM_CAP_EXT_CPUID: 1,
+        caps.KVM_CAP_NR_VCPUS: min(machine.preset.cpus, caps.KVM_MAX_VCPUS),
+        caps.KVM_CAP_NR_MEMSLOTS: caps.KVM_USER_MEM_SLOTS,
+        caps.KVM_CAP_MP_STATE: 1,
+        caps.KVM_CAP_COALESCED_MMIO: 2,
+        caps.KVM_CAP_GET_TSC_KHZ: 1,
+        caps.KVM_CAP_SYNC_REGS: 1,
+        caps.KVM_CAP_MAX_VCPUS: caps.KVM_MAX_VCPUS,
+        caps.KVM_CAP_ENABLE_CAP_VM: 1,
+        caps.KVM_CAP_CHECK_EXTENSION_VM: 1,
+        caps.KVM_CAP_SPLIT_IRQCHIP: 1,
+        caps.KVM_CAP_MAX_VCPU_ID: caps.KVM_MAX_VCPU_IDS,
+        caps.KVM_CAP_IMMEDIATE_EXIT: 1,
+        caps.KVM_CAP_X86_BUS_LOCK_EXIT: 0 if machine.bus_lock_exit == "none" else both,
+        # 1 on every x86 host, also without SEV: the vendor is asked only when it is used.
+        caps.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: 1,
+        caps.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: 1,
+        caps.KVM_CAP_SYS_ATTRIBUTES: 1,
+        caps.KVM_CAP_VM_TYPES: _vm_types(machine),
+    }
+
+
+def _vm_types(machine: Machine) -> int:
+    sev = machine.sev
+    present = {
+        caps.KVM_X86_DEFAULT_VM: True,
+        caps.KVM_X86_SEV_VM: sev.sev,
+        caps.KVM_X86_SEV_ES_VM: sev.sev_es,
+        caps.KVM_X86_SNP_VM: sev.sev_snp,
+        caps.KVM_X86_TDX_VM: machine.preset.tdx is not None,
+    }
+    return sum(1 << vm_type for vm_type, has in present.items() if has)
+
+
+@handles(SystemFile, KVM_GET_API_VERSION)
+def get_api_version(system: System, call: Call) -> int:
+    """12, for ever."""
+    del system
+    if call.value:
+        raise KvmError(EINVAL, "KVM_GET_API_VERSION takes no argument")
+    return caps.KVM_API_VERSION
+
+
+@handles(SystemFile, KVM_CREATE_VM)
+def create_vm(system: System, call: Call) -> Vm:
+    """Make a VM; whoever called turns the object into a descriptor."""
+    return system.create_vm(call.value, call.client)
+
+
+@handles(SystemFile, KVM_CHECK_EXTENSION)
+def check_extension(system: System, call: Call) -> int:
+    """Answer for the machine."""
+    return system.check_extension(call.value)
+
+
+@handles(SystemFile, KVM_GET_VCPU_MMAP_SIZE)
+def get_vcpu_mmap_size(system: System, call: Call) -> int:
+    """Three pages: kvm_run, port data, coalesced MMIO."""
+    del system
+    if call.value:
+        raise KvmError(EINVAL, "KVM_GET_VCPU_MMAP_SIZE takes no argument")
+    return MMAP_SIZE_BYTES
+
+
+@handles(SystemFile, KVM_GET_SUPPORTED_CPUID)
+def get_supported_cpuid(system: System, call: Call) -> int:
+    """The CPUID a guest can have."""
+    return cpuid.copy_out_supported(call, cpuid.supported(system.machine))
+
+
+@handles(SystemFile, KVM_HAS_DEVICE_ATTR)
+def has_device_attr(system: System, call: Call) -> int:
+    """Whether an attribute exists."""
+    _device_attr(system, call)
+    return 0
+
+
+@handles(SystemFile, KVM_GET_DEVICE_ATTR)
+def get_device_attr(system: System, call: Call) -> int:
+    """Copy an attribute's value out."""
+    address, value = _device_attr(system, call)
+    copy_to_user(call.client, address, value.to_bytes(8, "little"))
+    return 0
+
+
+def _device_attr(system: System, call: Call) -> tuple[int, int]:
+    """Where an attribute's value goes, and the value."""
+    data = call.read(KVM_DEVICE_ATTR.size_bytes)
+    get = KVM_DEVICE_ATTR.get
+    wanted = (get(data, "group"), get(data, "attr"))
+    if wanted != (KVM_X86_GRP_SEV, KVM_X86_SEV_VMSA_FEATURES) or not system.machine.sev.sev:
+        raise KvmError(ENXIO, f"no attribute {wanted}")
+    return get(data, "addr"), system.machine.sev.vmsa_features

@@ -1,0 +1,281 @@
+"""The vCPU descriptor: state of one vCPU and the calls that read and set it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from errno import EINVAL, EIO
+from typing import TYPE_CHECKING
+
+from kvmsim.abi import caps
+from kvmsim.abi.exits import NR_EXITS, Exit
+from kvmsim.abi.ioctls import (
+    KVM_ENABLE_CAP,
+    KVM_GET_MP_STATE,
+    KVM_GET_REGS,
+    KVM_GET_TSC_KHZ,
+    KVM_SET_MP_STATE,
+    KVM_SET_REGS,
+)
+from kvmsim.abi.structs import KVM_ENABLE_CAP as ENABLE_CAP_STRUCT
+from kvmsim.abi.structs import KVM_MP_STATE, KVM_REGS
+from kvmsim.engine.base import Parked
+from kvmsim.errors import KvmError
+from kvmsim.kvm import bus_lock, run
+from kvmsim.kvm.dispatch import VcpuFile, handles
+from kvmsim.kvm.page import KvmRun
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from kvmsim.engine.base import GuestEngine, Stop
+    from kvmsim.kvm.client import Client
+    from kvmsim.kvm.dispatch import Call
+    from kvmsim.kvm.vm import Vm
+
+RESET_RIP = 0xFFF0
+RESET_RDX = 0x600
+RESET_RFLAGS = 0x2
+APIC_BASE = 0xFEE00800
+APIC_BASE_BSP = 0x100
+
+_PARKED = Parked()
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuStatistics:
+    """What one vCPU has done so far.
+
+    Attributes:
+        id: its id.
+        phase: ``user``, ``guest``, ``halted``, ``wait-sipi``, ``throttled`` or ``ready``.
+        exits: ``KVM_EXIT_*`` name -> how often KVM_RUN returned with it; only those that occurred.
+        bus_locks: bus locks its guest has taken, seen or not.
+        throttled_ns: time it waited for admission, waits that are over.
+        owed: whether a bus lock is still to be admitted before it enters the guest.
+    """
+
+    id: int
+    phase: str
+    exits: Mapping[str, int]
+    bus_locks: int
+    throttled_ns: int
+    owed: bool
+
+
+class Vcpu(VcpuFile):
+    """One vCPU.
+
+    Args:
+        vm: its VM.
+        vcpu_id: its id.
+        page: the ``kvm_run`` page; a private one by default.
+
+    Attributes:
+        vm: its VM.
+        id: its id.
+        pid: whose cgroup its bus locks count for.
+        engine: what makes its guest move; set by the VMM before the first KVM_RUN.
+        run: the ``kvm_run`` page.
+        on_wake: called with (vcpu, now_ns) when a wait inside KVM_RUN is over; then ``resume``.
+        data: free for whoever schedules the vCPU.
+        closed: the descriptor was closed.
+        mp_state: ``KVM_MP_STATE_*``.
+        rip: instruction pointer.
+        input: what the last completed IN or MMIO read brought.
+        cpuid: the table as set, as bytes of ``kvm_cpuid_entry2``.
+        has_run: CPUID is fixed from here on.
+        bus_lock_exit: detection is armed and exits to user space.
+        bus_lock_counter: credit of fault-like hardware.
+        owed: a bus lock is to be admitted before the guest is entered.
+        bus_locks: bus locks taken so far.
+        throttled_ns: time spent waiting for admission.
+        exits: returns of KVM_RUN by exit reason.
+    """
+
+    __slots__ = (
+        *("vm", "id", "pid", "engine", "run", "on_wake", "data", "closed", "has_run"),
+        *("mp_state", "rip", "cr8", "apic_base", "input", "cpuid", "_regs", "ready_and_if"),
+        *("phase", "since_ns", "wake_at_ns", "in_guest", "stop", "remaining_ns", "lock_done"),
+        *("pending", "pending_rip", "io_done", "exits", "bus_locks", "throttled_ns"),
+        *("detects", "fault_like", "bus_lock_exit", "bus_lock_counter", "owed"),
+        *("intercepted", "intercepted_rip", "compare_due"),
+    )
+
+    def __init__(self, vm: Vm, vcpu_id: int, page: KvmRun | None = None) -> None:
+        mechanism = vm.machine.bus_lock_exit
+        self.vm = vm
+        self.id = vcpu_id
+        self.pid = vm.creator.pid
+        self.engine: GuestEngine = _PARKED
+        self.run = page if page is not None else KvmRun()
+        self.on_wake: Callable[[Vcpu, int], None] | None = None
+        self.data: object = None
+        self.closed = False
+        self.has_run = False
+        self.mp_state = caps.KVM_MP_STATE_RUNNABLE
+        if vm.irqchip and vcpu_id != 0:
+            self.mp_state = caps.KVM_MP_STATE_UNINITIALIZED
+        self.cr8 = 0
+        self.apic_base = APIC_BASE | (APIC_BASE_BSP if vcpu_id == 0 else 0)
+        self.input = b""
+        self.cpuid = b""
+        self.phase = run.OUT
+        self.since_ns = 0
+        self.wake_at_ns: int | None = None
+        self.in_guest = run.InGuest()
+        self.stop: Stop | None = None
+        self.remaining_ns = 0
+        self.lock_done = False
+        self.pending: Stop | None = None
+        self.pending_rip = 0
+        self.io_done = 0
+        self.exits = [0] * NR_EXITS
+        self.bus_locks = 0
+        self.throttled_ns = 0
+        self.detects = mechanism != "none"
+        self.fault_like = mechanism == "fault"
+        self.bus_lock_exit = False
+        self.bus_lock_counter = 0
+        self.owed = False
+        self.intercepted = False
+        self.intercepted_rip = 0
+        self.compare_due = False
+        self._power_on()
+
+    kvm_run = run.kvm_run
+    resume = run.resume
+    interrupt = run.interrupt
+    wake = run.wake
+    sipi = run.sipi
+    admitted = run.admitted
+
+    @property
+    def creator(self) -> Client:
+        """Who made the VM."""
+        return self.vm.creator
+
+    def check(self, client: Client) -> None:
+        """Refuse callers from another address space, and a dead VM.
+
+        Raises:
+            KvmError: EIO.
+        """
+        if client.mm != self.vm.creator.mm or self.vm.dead or self.closed:
+            raise KvmError(EIO, "not the creator's address space, or a dead VM")
+
+    def _power_on(self) -> None:
+        """Registers and controls after reset."""
+        self._regs = KVM_REGS.pack(rdx=RESET_RDX, rflags=RESET_RFLAGS)
+        self.rip = RESET_RIP
+        self.ready_and_if = 1 if self.vm.irqchip else 0
+        self.bus_lock_counter = 0
+        bus_lock.arm(self)
+
+    def init(self) -> None:
+        """The INIT signal. The instruction it was at, and what is pending, are gone.
+
+        AMD initialises the VMCB again, so detection enabled meanwhile is armed now; Intel's control
+        stays as power-on left it (kvm.md A.3).
+        """
+        armed = self.bus_lock_exit
+        self._power_on()
+        if self.vm.machine.preset.vendor == "intel":
+            self.bus_lock_exit = armed
+        self.stop = self.pending = None
+        self.intercepted = self.compare_due = False
+
+    def cpuid_changed(self) -> None:
+        """The CPUID table was set with effect: Intel computes its controls again (kvm.md A.3)."""
+        if self.vm.machine.preset.vendor == "intel":
+            bus_lock.arm(self)
+
+    # -- registers -------------------------------------------------------------------------
+
+    def get_regs(self) -> bytes:
+        """KVM_GET_REGS: the bytes of ``kvm_regs``."""
+        KVM_REGS.put(self._regs, "rip", self.rip)
+        return bytes(self._regs)
+
+    def set_regs(self, data: bytes) -> None:
+        """KVM_SET_REGS. Flags bit 1 always reads as one."""
+        self._regs = bytearray(data)
+        self.rip = KVM_REGS.get(data, "rip")
+        KVM_REGS.put(self._regs, "rflags", KVM_REGS.get(data, "rflags") | RESET_RFLAGS)
+
+    def set_mp_state(self, state: int) -> None:
+        """KVM_SET_MP_STATE.
+
+        Raises:
+            KvmError: EINVAL, a state that does not exist, or one without an in-kernel APIC.
+        """
+        known = caps.KVM_MP_STATE_RUNNABLE <= state <= caps.KVM_MP_STATE_SIPI_RECEIVED
+        if not known or (state != caps.KVM_MP_STATE_RUNNABLE and not self.vm.irqchip):
+            raise KvmError(EINVAL, f"mp_state {state}")
+        if state == caps.KVM_MP_STATE_HALTED:
+            self.wake_at_ns = None
+        self.mp_state = state
+
+    # -- end and statistics ----------------------------------------------------------------
+
+    def release(self, now_ns: int = 0) -> None:
+        """The last descriptor of the vCPU was closed. Its owed bus lock is dropped."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.owed:
+            self.vm.accounting.bus_lock_cancel(self, max(now_ns, self.since_ns))
+            self.owed = False
+        self.phase = run.OUT
+        self.vm.put()
+
+    def statistics(self) -> VcpuStatistics:
+        """Take a snapshot."""
+        return VcpuStatistics(
+            id=self.id,
+            phase=run.PHASES[self.phase],
+            exits={Exit(reason).name: n for reason, n in enumerate(self.exits) if n},
+            bus_locks=self.bus_locks,
+            throttled_ns=self.throttled_ns,
+            owed=self.owed,
+        )
+
+
+@handles(VcpuFile, KVM_GET_REGS)
+def get_regs(vcpu: Vcpu, call: Call) -> int:
+    """Copy the registers out."""
+    call.write(vcpu.get_regs())
+    return 0
+
+
+@handles(VcpuFile, KVM_SET_REGS)
+def set_regs(vcpu: Vcpu, call: Call) -> int:
+    """Take registers over."""
+    vcpu.set_regs(call.read(KVM_REGS.size_bytes))
+    return 0
+
+
+@handles(VcpuFile, KVM_GET_MP_STATE)
+def get_mp_state(vcpu: Vcpu, call: Call) -> int:
+    """Copy the multiprocessing state out."""
+    call.write(KVM_MP_STATE.pack(mp_state=vcpu.mp_state))
+    return 0
+
+
+@handles(VcpuFile, KVM_SET_MP_STATE)
+def set_mp_state(vcpu: Vcpu, call: Call) -> int:
+    """Set the multiprocessing state."""
+    vcpu.set_mp_state(KVM_MP_STATE.get(call.read(KVM_MP_STATE.size_bytes), "mp_state"))
+    return 0
+
+
+@handles(VcpuFile, KVM_ENABLE_CAP)
+def enable_cap(vcpu: Vcpu, call: Call) -> int:
+    """Hyper-V and paravirtual capabilities would be enabled here; there are none."""
+    cap = ENABLE_CAP_STRUCT.get(call.read(ENABLE_CAP_STRUCT.size_bytes), "cap")
+    raise KvmError(EINVAL, f"capability {cap} is not one of vCPU {vcpu.id}")
+
+
+@handles(VcpuFile, KVM_GET_TSC_KHZ)
+def get_tsc_khz(vcpu: Vcpu, call: Call) -> int:
+    """The guest's TSC frequency is the host's."""
+    return vcpu.vm.machine.preset.tsc_khz
