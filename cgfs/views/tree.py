@@ -169,11 +169,13 @@ class Tree:
     def path(self, ino: Ino) -> bytes | None:
         """Path of a cgroup's file or directory below the mount, for somebody who must name it.
 
-        None when it is gone, or is no cgroup's.
+        None when it is gone, also if nobody holds its number any more, or is no cgroup's.
         """
+        if not self.alive(ino):
+            return None
         node, slot = self.resolve(ino)
         cgrp = node if isinstance(node, Cgroup) else getattr(node, "cgrp", None)
-        if not isinstance(cgrp, Cgroup) or not node.online:
+        if not isinstance(cgrp, Cgroup):
             return None
         prefix = self._prefix(cgrp.hierarchy.root)
         if prefix is None:
@@ -304,7 +306,7 @@ class Tree:
         return _encode(show(node, caller))
 
     def write(self, ino: Ino, data: bytes, opener: Caller, now_ns: int) -> None:
-        """Carry out one command: a whole write(2), taken or refused.
+        """Carry out the command of one system call, all of it or nothing.
 
         Raises:
             CgroupError: E2BIG, ENODEV, EINVAL without a write handler, EISDIR, or what the

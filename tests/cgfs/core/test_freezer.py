@@ -1,0 +1,140 @@
+"""cgroup.freeze and cgroup.kill (spec C.3, F.6)."""
+
+import pytest
+
+from cgfs.core.caller import Caller
+
+
+@pytest.fixture
+def nested(shell):
+    shell.mkdir("/d")
+    shell.mkdir("/d/c")
+    return shell
+
+
+def test_empty_cgroup_is_frozen_at_once(nested):
+    nested.echo("1", "/d/cgroup.freeze")
+    assert nested.cat("/d/cgroup.events") == "populated 0\nfrozen 1\n"
+
+
+def test_freezing_reaches_descendants_but_not_their_setting(nested, processes):
+    nested.echo(f"{processes.start(100)}", "/d/c/cgroup.procs")
+    nested.echo("1", "/d/cgroup.freeze")
+    assert nested.cat("/d/c/cgroup.freeze") == "0\n"
+    assert nested.cat("/d/c/cgroup.events") == "populated 1\nfrozen 1\n"
+    assert processes.frozen == {100}
+
+
+def test_own_setting_outlasts_the_ancestors(nested, processes):
+    nested.echo(f"{processes.start(100)}", "/d/c/cgroup.procs")
+    nested.echo("1", "/d/cgroup.freeze")
+    nested.echo("1", "/d/c/cgroup.freeze")
+    nested.echo("0", "/d/cgroup.freeze")
+    assert nested.cat("/d/cgroup.events") == "populated 1\nfrozen 0\n"
+    assert nested.cat("/d/c/cgroup.events") == "populated 1\nfrozen 1\n"
+    assert processes.frozen == {100}
+
+
+def test_process_that_has_not_stopped_yet_is_not_frozen(nested, processes):
+    nested.echo(f"{processes.start(100)}", "/d/cgroup.procs")
+    nested.echo("1", "/d/cgroup.freeze")
+    processes.frozen.clear()
+    assert nested.cat("/d/cgroup.events") == "populated 1\nfrozen 0\n"
+
+
+def test_reader_inside_is_not_waited_for(nested, processes):
+    nested.echo(f"{processes.start(100, 101)}", "/d/cgroup.procs")
+    nested.echo("1", "/d/cgroup.freeze")
+    processes.frozen.clear()
+    assert nested.cat("/d/cgroup.events", Caller(0, 0, 101)) == "populated 1\nfrozen 1\n"
+
+
+def test_new_child_of_a_frozen_cgroup_is_frozen(nested):
+    nested.echo("1", "/d/cgroup.freeze")
+    nested.mkdir("/d/new")
+    assert nested.cat("/d/new/cgroup.freeze") == "0\n"
+    assert nested.cat("/d/new/cgroup.events") == "populated 0\nfrozen 1\n"
+
+
+def test_moving_in_freezes_and_moving_out_thaws(nested, processes):
+    nested.echo("1", "/d/c/cgroup.freeze")
+    nested.echo(f"{processes.start(100)}", "/d/c/cgroup.procs")
+    assert processes.frozen == {100}
+    nested.echo("100", "/d/cgroup.procs")
+    assert processes.frozen == set()
+
+
+def test_emulated_process_hears_of_it(nested, roots, owner):
+    roots.spawn(roots.v2.find("/d/c"), owner)
+    nested.echo("1", "/d/cgroup.freeze")
+    nested.echo("0", "/d/cgroup.freeze")
+    assert owner.heard == [("frozen", True), ("frozen", False)]
+
+
+def test_same_setting_again_generates_no_event(nested, recorder):
+    nested.echo("1", "/d/cgroup.freeze")
+    before = len(recorder.heard)
+    nested.echo("1", "/d/cgroup.freeze")
+    assert len(recorder.heard) == before
+
+
+def test_freeze_generates_one_event_on_each_cgroup(nested, recorder):
+    nested.echo("1", "/d/cgroup.freeze")
+    assert recorder.of("modified") == [("/d", "cgroup.events"), ("/d/c", "cgroup.events")]
+
+
+def test_setting_without_effect_generates_an_event_there(nested, recorder):
+    nested.echo("1", "/d/cgroup.freeze")
+    before = len(recorder.heard)
+    nested.echo("1", "/d/c/cgroup.freeze")
+    assert recorder.heard[before:] == [("modified", "/d/c", "cgroup.events")]
+
+
+@pytest.mark.parametrize("text", ["2", "-1", "99999999999"])
+def test_freeze_other_numbers_are_erange(nested, fails_with, text):
+    with fails_with("ERANGE"):
+        nested.echo(text, "/d/cgroup.freeze")
+
+
+@pytest.mark.parametrize("text", ["abc", "\n", "1 1", "on"])
+def test_freeze_other_words_are_einval(nested, fails_with, text):
+    with fails_with("EINVAL"):
+        nested.echo(text, "/d/cgroup.freeze")
+
+
+@pytest.mark.parametrize("text", ["01", "0x1", "+1", "1\0", " 1\n"])
+def test_freeze_takes_every_spelling_of_one(nested, text):
+    nested.echo(text, "/d/cgroup.freeze")
+    assert nested.cat("/d/cgroup.freeze") == "1\n"
+
+
+@pytest.mark.parametrize("text", ["0", "2", "-1"])
+def test_kill_other_numbers_are_erange(nested, fails_with, text):
+    with fails_with("ERANGE"):
+        nested.echo(text, "/d/cgroup.kill")
+
+
+def test_kill_reaches_the_whole_subtree(nested, processes):
+    nested.echo(f"{processes.start(100)}", "/d/cgroup.procs")
+    nested.echo(f"{processes.start(200)}", "/d/c/cgroup.procs")
+    nested.echo("1", "/d/cgroup.kill")
+    assert sorted(processes.killed) == [100, 200]
+
+
+def test_kill_finds_children_forked_meanwhile(nested, roots, processes):
+    nested.echo(f"{processes.start(100)}", "/d/cgroup.procs")
+
+    def fork_once():
+        if processes.killed == [100] and 101 not in processes.table:
+            processes.start(101)
+            roots.tasks.forked(100, 100, 101, 101, 0)
+
+    processes.on_sync = fork_once
+    nested.echo("1", "/d/cgroup.kill")
+    assert processes.killed == [100, 101]
+
+
+def test_kill_tells_the_owner_of_an_emulated_process(nested, roots, owner):
+    roots.spawn(roots.v2.find("/d"), owner)
+    nested.echo("1", "/d/cgroup.kill")
+    assert owner.heard == ["killed"]
