@@ -68,7 +68,7 @@ def test_parse_unsigned_accepts_the_kernel_grammar(text, value):
         (b"5\n6", "EINVAL"),
         (b"5\n\n", "EINVAL"),
         (b"1_000", "EINVAL"),
-        ("５".encode(), "EINVAL"),
+        ("\uff15".encode(), "EINVAL"),
         (b"abc", "EINVAL"),
     ],
 )
