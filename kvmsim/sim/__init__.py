@@ -1,0 +1,1 @@
+"""Simulation: chance, scenarios, and runs at scale."""
