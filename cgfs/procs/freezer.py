@@ -96,11 +96,9 @@ class Freezer:
 
     def is_frozen(self, tgid: int) -> bool:
         """Whether all live threads stand still; waits for a process that was frozen just now."""
-        if _exempt(tgid):
-            return True
-        if _still(tgid):
-            return True
         frozen = self._frozen.get(tgid)
+        if _still(tgid) or (frozen is None and _exempt(tgid)):
+            return True
         while frozen is not None and self._monotonic() < frozen.settled_by:
             time.sleep(SETTLE_STEP_S)
             if _still(tgid):

@@ -31,6 +31,7 @@ class Pidfds:
         self._fd: dict[int, int] = {}  # by tgid
         self._tgid: dict[int, int] = {}  # by pidfd
         self._start: dict[int, int] = {}  # start ticks by tgid, of those without a pidfd
+        self._refused: set[int] = set()  # tgids whose refusal was logged
         self._limit_raised = False
 
     def fileno(self) -> int:
@@ -38,8 +39,13 @@ class Pidfds:
         return self._epoll.fileno()
 
     def wake(self) -> None:
-        """Make `fileno` readable until the next `gone`."""
+        """Make `fileno` readable until `woken`."""
         os.eventfd_write(self._alarm, 1)
+
+    def woken(self) -> None:
+        """Whoever waits for `fileno` is awake."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._alarm)
 
     def join(self, fd: int) -> None:
         """Let another descriptor make `fileno` readable too."""
@@ -71,6 +77,7 @@ class Pidfds:
     def discard(self, tgid: int) -> None:
         """Let go of a process, if it is held."""
         self._start.pop(tgid, None)
+        self._refused.discard(tgid)
         fd = self._fd.pop(tgid, None)
         if fd is not None:
             del self._tgid[fd]
@@ -79,8 +86,6 @@ class Pidfds:
     def gone(self) -> list[int]:
         """The held processes that have died, still held."""
         ready = self._epoll.poll(0, len(self._fd) + 8)
-        if any(fd == self._alarm for fd, _ in ready):
-            os.eventfd_read(self._alarm)
         found = [self._tgid[fd] for fd, _ in ready if fd in self._tgid]
         found += [tgid for tgid, start in self._start.items() if not _runs_since(tgid, start)]
         return found
@@ -106,7 +111,9 @@ class Pidfds:
             pass
         except PermissionError:
             # An ordinary user's server: Linux would need no permission beyond the file's.
-            log.warning("no permission to send %s to process %d", signum.name, tgid)
+            if tgid not in self._refused:
+                log.warning("no permission to send %s to process %d", signum.name, tgid)
+                self._refused.add(tgid)
 
     def close(self) -> None:
         """Let go of everything; harmless when repeated."""

@@ -171,6 +171,13 @@ class RealProcesses:
 
     # News.
 
+    def woken(self) -> None:
+        """Whoever waits for `fileno` is awake, and about to `sync`.
+
+        Apart from `sync`, because a question of the model must not take the waiter's wake-up away.
+        """
+        self._pidfds.woken()
+
     @property
     def must_look(self) -> bool:
         """Whether there may be news that does not make `fileno` readable."""

@@ -35,6 +35,7 @@ async def run(
     while True:
         with trio.move_on_after(_patience(processes, enforce_at)):
             await trio.lowlevel.wait_readable(processes.fileno())
+        processes.woken()
         processes.sync()
         if processes.nr_frozen and time.perf_counter() >= enforce_at:
             began = time.perf_counter()

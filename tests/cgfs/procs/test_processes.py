@@ -156,6 +156,7 @@ def test_nothing_is_followed_while_nobody_is_watched(connected, recorder, start)
     child = start.sh("read line")
     connected.watch(child.pid)
     connected.unwatch(child.pid)
+    connected.woken()
     connected.sync()
     start("/bin/true").wait()
     assert not select.select([connected.fileno()], [], [], 0)[0]
