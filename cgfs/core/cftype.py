@@ -69,3 +69,18 @@ class CFType:
     def exists_on(self, *, root: bool) -> bool:
         """Whether a root (or a non-root) cgroup has this file."""
         return self.on is On.EVERY or (self.on is On.ROOT) is root
+
+
+Listing = tuple[tuple[bytes, int], ...]
+
+
+def listings(rows: tuple[CFType, ...]) -> dict[bool, Listing]:
+    """Name and slot of the files that exist in a root (True) and in other cgroups (False)."""
+    return {
+        root: tuple(
+            (row.name.encode(), slot)
+            for slot, row in enumerate(rows, 1)
+            if row.exists_on(root=root)
+        )
+        for root in (True, False)
+    }

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from cgfs.core.caller import Caller
-    from cgfs.core.cftype import CFType
+    from cgfs.core.cftype import CFType, Listing
     from cgfs.core.css import Css
     from cgfs.core.hierarchy import Hierarchy
     from cgfs.core.tasks import Task
@@ -107,6 +107,10 @@ class Cgroup(Node):
     def rows(self) -> Sequence[CFType]:
         """The core files of the hierarchy's version."""
         return self.hierarchy.core_files
+
+    def listing(self, *, root: bool) -> Listing:
+        """The core files."""
+        return self.hierarchy.listings[root]
 
     def default_mode(self, slot: int) -> int:
         """Permission bits of a fresh file, or of the directory as it was made."""

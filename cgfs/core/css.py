@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from cgfs.core.caller import KERNEL
+from cgfs.core.cftype import listings
 from cgfs.core.node import Node
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cgfs.core.caller import Caller
-    from cgfs.core.cftype import CFType
+    from cgfs.core.cftype import CFType, Listing
     from cgfs.core.cgroup import Cgroup
     from cgfs.core.events import ModelListener
     from cgfs.core.hierarchy import Hierarchy
@@ -54,6 +55,10 @@ class Css(Node):
     def rows(self) -> Sequence[CFType]:
         """The controller's rows."""
         return self.controller.files
+
+    def listing(self, *, root: bool) -> Listing:
+        """The controller's files."""
+        return self.controller.listings[root]
 
     def notify(self, file: str) -> None:
         """Generate an event on one of this css's files; without effect once it is offline."""
@@ -128,6 +133,7 @@ class Controller:
 
     def __init__(self) -> None:
         self.slots = {row.name: slot for slot, row in enumerate(self.files, 1)}
+        self.listings = listings(self.files)
 
     @property
     def listener(self) -> ModelListener:

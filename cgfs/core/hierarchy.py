@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 from errno import EAGAIN, EBUSY, EEXIST, EINVAL, EIO, ENOENT, EPERM
 from typing import TYPE_CHECKING
 
 from cgfs.core import domain
 from cgfs.core.caller import KERNEL
+from cgfs.core.cftype import listings
 from cgfs.core.cgroup import Cgroup
 from cgfs.core.node import DIRECTORY
 from cgfs.errors import CgroupError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from cgfs.core.caller import Caller
     from cgfs.core.cftype import CFType
     from cgfs.core.css import Controller, Css
     from cgfs.core.roots import Roots
 
 _ROOT_MODE = 0o555
-# Root passes mode bits; an ordinary user who runs a host needs the write bit to make cgroups.
-_USER_ROOT_MODE = 0o755
 
 
 class Hierarchy:
@@ -36,11 +34,12 @@ class Hierarchy:
         controllers: the controllers bound to it, by name, in controller order.
         core_files: rows of the files every cgroup has.
         core_slots: slot of each by name.
+        listings: those that exist in the root, and elsewhere.
         release_agent: v1, path of the program; "" for none.
     """
 
     def __init__(
-        self, roots: Roots, id: int, version: int, core_files: Sequence[CFType], name: str = ""
+        self, roots: Roots, id: int, version: int, core_files: tuple[CFType, ...], name: str = ""
     ) -> None:
         self.roots = roots
         self.id = id
@@ -49,9 +48,9 @@ class Hierarchy:
         self.controllers: dict[str, Controller] = {}
         self.core_files = core_files
         self.core_slots = {row.name: slot for slot, row in enumerate(core_files, 1)}
+        self.listings = listings(core_files)
         self.release_agent = ""
-        mode = _ROOT_MODE if roots.owner.uid == 0 else _USER_ROOT_MODE
-        self.root = Cgroup(self, None, "", roots.owner, mode, 0)
+        self.root = Cgroup(self, None, "", KERNEL, _ROOT_MODE, 0)
         roots.nodes[self.root.block] = self.root
 
     def bind(self, controller: Controller, css: Css | None = None) -> None:
@@ -60,7 +59,7 @@ class Hierarchy:
         self.controllers = self.roots.in_order(self.controllers)
         controller.hierarchy = self
         if css is None:
-            css = self.alloc_css(controller, self.root, self.roots.owner, 0)
+            css = self.alloc_css(controller, self.root, KERNEL, 0)
         else:
             css.cgrp = self.root
             self.root.css[controller.name] = css
@@ -80,7 +79,7 @@ class Hierarchy:
     def alloc_css(self, controller: Controller, cgrp: Cgroup, owner: Caller, now_ns: int) -> Css:
         """Make a controller's state for one cgroup and put it into service."""
         parent = None if cgrp.parent is None else cgrp.parent.css[controller.name]
-        css = controller.css_alloc(cgrp, parent, owner, now_ns)
+        css = controller.css_alloc(cgrp, parent, _owner_inside(cgrp, owner), now_ns)
         self.roots.nodes[css.block] = css
         cgrp.add_css(css)
         return css
@@ -141,12 +140,8 @@ class Hierarchy:
     def _new_child(
         self, parent: Cgroup, name: str, caller: Caller, mode: int, now_ns: int
     ) -> Cgroup:
-        inherits_gid = bool(parent.mode(DIRECTORY) & stat.S_ISGID)
-        if inherits_gid:
-            mode |= stat.S_ISGID
-        cgrp = Cgroup(self, parent, name, caller, mode, now_ns)
-        if inherits_gid:
-            cgrp.own_attributes(DIRECTORY).gid = parent.owner(DIRECTORY)[1]
+        mode |= parent.mode(DIRECTORY) & stat.S_ISGID
+        cgrp = Cgroup(self, parent, name, _owner_inside(parent, caller), mode, now_ns)
         self.roots.nodes[cgrp.block] = cgrp
         parent.children[name] = cgrp
         _touch(parent, now_ns)
@@ -230,3 +225,10 @@ def _vet_limits(parent: Cgroup) -> None:
     for level, ancestor in enumerate(parent.ancestors()):
         if ancestor.nr_descendants >= ancestor.max_descendants or level >= ancestor.max_depth:
             raise CgroupError(EAGAIN)
+
+
+def _owner_inside(directory: Cgroup, owner: Caller) -> Caller:
+    """Who owns what appears in a directory (Linux fs/kernfs/dir.c, kernfs_new_node())."""
+    if not directory.mode(DIRECTORY) & stat.S_ISGID:
+        return owner
+    return replace(owner, gid=directory.owner(DIRECTORY)[1])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cgfs.core.caller import Caller
-    from cgfs.core.cftype import CFType
+    from cgfs.core.cftype import CFType, Listing
 
 DIRECTORY = 0
 # Room for the files of the largest node.
@@ -70,6 +70,10 @@ class Node:
     @property
     def rows(self) -> Sequence[CFType]:
         """The rows of this node's files; slot ``i + 1`` is row ``i``."""
+        raise NotImplementedError
+
+    def listing(self, *, root: bool) -> Listing:
+        """Name and slot of the files this node has in a root, or in another cgroup."""
         raise NotImplementedError
 
     def attributes(self, slot: int) -> Attributes | None:

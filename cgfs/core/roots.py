@@ -10,7 +10,6 @@ from errno import EBUSY, EINVAL, ENODEV
 from typing import TYPE_CHECKING
 
 from cgfs.core import domain, files, legacy
-from cgfs.core.caller import KERNEL
 from cgfs.core.events import Silence
 from cgfs.core.hierarchy import Hierarchy
 from cgfs.core.tasks import NoProcesses, TaskTable
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import TypeVar
 
-    from cgfs.core.caller import Caller
     from cgfs.core.cgroup import Cgroup
     from cgfs.core.css import Controller, Css
     from cgfs.core.events import ModelListener
@@ -42,7 +40,6 @@ class Roots:
     Args:
         controllers: the controllers the host's kernel has, in order.
         processes: who knows the real processes; none by default.
-        owner: who owns the files of the roots.
 
     Attributes:
         v2: the v2 hierarchy; it has every controller no v1 hierarchy has taken.
@@ -58,9 +55,7 @@ class Roots:
         self,
         controllers: Sequence[type[Controller]],
         processes: Processes | None = None,
-        owner: Caller = KERNEL,
     ) -> None:
-        self.owner = owner
         self._blocks = 0
         self._control_sets: dict[frozenset[str], frozenset[str]] = {}
         self.nodes: dict[int, Node] = {}

@@ -241,13 +241,17 @@ class TaskTable:
             cgrp.add_member(child, now_ns)
 
     def exited(self, tid: int, tgid: int, now_ns: int) -> None:
-        """A real thread ended; with the last one the process leaves its cgroups."""
+        """A real thread ended, or with ``tid == tgid`` a whole process, which leaves its cgroups.
+
+        The end of one thread never ends the process here, even if by now no thread lives: forks
+        that the others made before they died are still to be told.
+        """
         task = self._tasks.get(tgid)
         if task is None or task.emulated:
             return
         for cgrp in task.strays.pop(tid, {}).values():
             cgrp.remove_stray(tid, now_ns)
-        if not self.processes.threads(tgid):
+        if tid == tgid and not self.processes.threads(tgid):
             self.exit(task, now_ns)
 
     def exit(self, task: Task, now_ns: int) -> None:

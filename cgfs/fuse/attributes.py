@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from typing import TYPE_CHECKING, cast
 
 from pyfuse3 import EntryAttributes
@@ -38,6 +39,15 @@ class Owner:
     def model_gid(self, gid: int) -> int:
         """The model's number for a group the kernel names."""
         return 0 if gid == self.gid else gid
+
+    def shown_mode(self, mode: int, uid: int) -> int:
+        """The mode to show for a file or directory of a user of the model.
+
+        Mode bits do not keep root from making entries in its directories; the kernel holds
+        them against the user who plays root.
+        """
+        plays_root = self.uid != 0 and uid == 0
+        return mode | stat.S_IWUSR if plays_root and stat.S_ISDIR(mode) else mode
 
     def shown_uid(self, uid: int) -> int:
         """The number to show for a user of the model."""
@@ -88,7 +98,7 @@ class EntryCache:
         entry = EntryAttributes()
         entry.entry_timeout = entry.attr_timeout = FOREVER_S
         entry.st_ino = attr.ino
-        entry.st_mode = attr.mode
+        entry.st_mode = self._owner.shown_mode(attr.mode, attr.uid)
         entry.st_nlink = attr.nlink
         entry.st_uid = self._owner.shown_uid(attr.uid)
         entry.st_gid = self._owner.shown_gid(attr.gid)

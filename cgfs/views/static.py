@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cgfs.core.caller import KERNEL
 from cgfs.core.cftype import CFType, Kind
 from cgfs.core.node import DIRECTORY, Node
 
@@ -20,7 +21,7 @@ class TextFile(Node):
     """A read-only file; its only slot is 1.
 
     Args:
-        roots: the host, for a block number and the owner.
+        roots: the host, for a block number.
         text: generates the content.
         kind: LIVE where the content changes without :meth:`Tree.text_changed`.
     """
@@ -28,7 +29,7 @@ class TextFile(Node):
     __slots__ = ("_rows", "text")
 
     def __init__(self, roots: Roots, text: Callable[[], str], kind: Kind = Kind.CONFIG) -> None:
-        super().__init__(roots.next_block(), roots.owner, 0)
+        super().__init__(roots.next_block(), KERNEL, 0)
         self.text = text
         self._rows = (CFType("", show=_text_show, kind=kind),)
 
@@ -52,7 +53,7 @@ class Directory(Node):
     __slots__ = ("entries",)
 
     def __init__(self, roots: Roots, entries: dict[str, Node] | None = None) -> None:
-        super().__init__(roots.next_block(), roots.owner, 0)
+        super().__init__(roots.next_block(), KERNEL, 0)
         self.entries: dict[str, Node] = {} if entries is None else entries
 
     @property

@@ -236,13 +236,11 @@ class Tree:
         return entries
 
     def _files(self, cgrp: Cgroup) -> Iterator[tuple[bytes, int]]:
+        root = cgrp.parent is None
         for node in (cgrp, *cgrp.css.values()):
-            yield from self._files_of(node, root=cgrp.is_root)
-
-    def _files_of(self, node: Node, *, root: bool) -> Iterator[tuple[bytes, int]]:
-        for slot, row in enumerate(node.rows, 1):
-            if row.exists_on(root=root):
-                yield row.name.encode(), node.ino(slot)
+            base = node.block << SLOT_BITS
+            for name, slot in node.listing(root=root):
+                yield name, base | slot
 
     def getattr(self, ino: Ino) -> Attr:
         """Attributes of a file or directory, also of a removed one that is still known.
@@ -464,7 +462,7 @@ class Tree:
                 self.remove(node, below)
         node.online = False
         self.listener.removed(self.ino(directory), os.fsencode(name), self._entry_ino(node))
-        self._drop_or_keep(node)
+        self._drop_or_keep(node, held=self._is_held(node))
 
     def text_changed(self, file: TextFile) -> None:
         """The text of a static CONFIG file is another one now."""
@@ -493,36 +491,44 @@ class Tree:
                 self.listener.added(self.ino(cgrp.parent), os.fsencode(cgrp.name))
             return
         parent = self.ino(cgrp)
-        for name, _ in self._files_of(node, root=cgrp.is_root):
+        for name, _ in node.listing(root=cgrp.parent is None):
             self.listener.added(parent, name)
 
     def vanished(self, cgrp: Cgroup, node: Node) -> None:
         """ModelListener: a cgroup, or a controller's files in one, went."""
-        parent = self.ino(cgrp)
-        for name, number in self._files_of(node, root=cgrp.is_root):
-            ino = Ino(number)
-            if cgrp.online or self.known(ino):
+        parent, known, online = self.ino(cgrp), self.known, cgrp.online
+        base = node.block << SLOT_BITS
+        held = node is cgrp and known(Ino(base))
+        for name, slot in node.listing(root=cgrp.parent is None):
+            ino = Ino(base | slot)
+            is_known = known(ino)
+            held = held or is_known
+            if online or is_known:
                 self.listener.removed(parent, name, ino)
         if node is cgrp and cgrp.parent is not None:
             self.listener.removed(self.ino(cgrp.parent), os.fsencode(cgrp.name), parent)
         if not node.online:
-            self._drop_or_keep(node)
+            self._drop_or_keep(node, held=held)
 
     # -- removed nodes -----------------------------------------------------------------------------
 
-    def _drop_or_keep(self, node: Node) -> None:
-        block = node.block
-        if any(self.known(Ino(block << SLOT_BITS | s)) for s in range(len(node.rows) + 1)):
-            self._removed.add(block)
+    def _drop_or_keep(self, node: Node, *, held: bool) -> None:
+        if held:
+            self._removed.add(node.block)
         else:
-            self._removed.discard(block)
-            self._nodes.pop(block, None)
+            self._removed.discard(node.block)
+            self._nodes.pop(node.block, None)
+
+    def _is_held(self, node: Node) -> bool:
+        base = node.block << SLOT_BITS
+        return any(self.known(Ino(base | slot)) for slot in range(len(node.rows) + 1))
 
     def forget(self, ino: Ino) -> None:
         """The last outside reference to an inode is gone; call after ``known`` says so."""
         block = ino >> SLOT_BITS
         if block in self._removed:
-            self._drop_or_keep(self._nodes[block])
+            node = self._nodes[block]
+            self._drop_or_keep(node, held=self._is_held(node))
 
 
 def _encode(text: str) -> bytes:

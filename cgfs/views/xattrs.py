@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errno import ENODATA, ENOSPC, EOPNOTSUPP
+from errno import EINVAL, ENODATA, ENOSPC, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
 from cgfs.errors import CgroupError
@@ -18,14 +18,16 @@ _MAX_USER_SIZE = 128 << 10
 def _vet_prefix(name: bytes) -> None:
     if not name.startswith(_PREFIXES):
         raise CgroupError(EOPNOTSUPP)
+    if name in _PREFIXES:
+        raise CgroupError(EINVAL)
 
 
 def set(own: Attributes, name: bytes, value: bytes) -> None:  # noqa: A001 - the verb of xattr(7)
     """Set an attribute; an old value is counted until the new one is in.
 
     Raises:
-        CgroupError: EOPNOTSUPP for another prefix, ENOSPC above 128 attributes or 131072 bytes
-            of ``user.*``.
+        CgroupError: EOPNOTSUPP for another prefix, EINVAL for nothing behind it, ENOSPC above
+            128 attributes or 131072 bytes of ``user.*``.
     """
     _vet_prefix(name)
     if own.xattrs is None:
@@ -41,7 +43,7 @@ def get(own: Attributes | None, name: bytes) -> bytes:
     """Value of an attribute.
 
     Raises:
-        CgroupError: EOPNOTSUPP for another prefix, ENODATA.
+        CgroupError: EOPNOTSUPP for another prefix, EINVAL for nothing behind it, ENODATA.
     """
     _vet_prefix(name)
     if own is None or own.xattrs is None or name not in own.xattrs:
@@ -50,15 +52,15 @@ def get(own: Attributes | None, name: bytes) -> bytes:
 
 
 def names(own: Attributes | None) -> list[bytes]:
-    """Names in the order of their creation."""
-    return list(own.xattrs) if own is not None and own.xattrs else []
+    """Names, the greatest first (Linux 6.2 fs/xattr.c: a tree walked from its right end)."""
+    return sorted(own.xattrs, reverse=True) if own is not None and own.xattrs else []
 
 
 def remove(own: Attributes | None, name: bytes) -> None:
     """Remove an attribute.
 
     Raises:
-        CgroupError: EOPNOTSUPP for another prefix, ENODATA.
+        CgroupError: EOPNOTSUPP for another prefix, EINVAL for nothing behind it, ENODATA.
     """
     get(own, name)
     assert own is not None

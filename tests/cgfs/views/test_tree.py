@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from cgfs.core.caller import KERNEL, Caller
+from cgfs.core.caller import KERNEL
 from cgfs.views.static import Directory, TextFile
 from cgfs.views.tree import ROOT, Tree
 
@@ -213,13 +213,19 @@ def test_file_names_that_are_no_utf8_survive(tree):
     assert b"\xff\xfe" in names(tree, ROOT)
 
 
-def test_xattrs_keep_their_order_and_their_limits(tree, d, fails_with):
+def test_xattrs_are_listed_by_name_downwards(tree, d):
+    for name in (b"user.m", b"user.ab", b"trusted.q", b"user.a"):
+        tree.setxattr(d, name, b"")
+    assert tree.listxattr(d) == [b"user.m", b"user.ab", b"user.a", b"trusted.q"]
+
+
+def test_xattrs_keep_their_limits(tree, d, fails_with):
     for index in range(128):
         tree.setxattr(d, b"user.%d" % index, b"")
     with fails_with("ENOSPC"):
         tree.setxattr(d, b"user.more", b"")
     tree.setxattr(d, b"trusted.more", b"1")
-    assert tree.listxattr(d)[-1] == b"trusted.more"
+    assert b"trusted.more" in tree.listxattr(d)
     tree.removexattr(d, b"user.0")
     with fails_with("ENODATA"):
         tree.getxattr(d, b"user.0")
@@ -228,6 +234,12 @@ def test_xattrs_keep_their_order_and_their_limits(tree, d, fails_with):
 def test_xattr_of_another_prefix_is_eopnotsupp(tree, d, fails_with):
     with fails_with("EOPNOTSUPP"):
         tree.setxattr(d, b"system.a", b"")
+
+
+@pytest.mark.parametrize("prefix", [b"user.", b"trusted.", b"security."])
+def test_xattr_with_nothing_behind_the_prefix_is_einval(tree, d, fails_with, prefix):
+    with fails_with("EINVAL"):
+        tree.setxattr(d, prefix, b"")
 
 
 def test_controller_file_loses_its_attributes_when_disabled(tree, d):
@@ -257,6 +269,11 @@ def test_listener_hears_of_files_that_come_and_go(tree, d, heard):
     heard.clear()
     tree.write(control, b"-encryption_ids", KERNEL, 0)
     assert [call[2] for call in heard if call[0] == "removed"] == added
+
+
+def test_path_of_a_number_nobody_holds_is_none(tree, d):
+    tree.rmdir(ROOT, b"d", KERNEL, 0)
+    assert tree.path(d) is None
 
 
 def test_events_file_counts_per_file(tree, roots, d, heard):
@@ -295,12 +312,6 @@ def test_static_directory_comes_and_goes(roots):
     assert tree.lookup(ROOT, b"vm") is None
     assert [call[0] for call in heard.calls] == ["added", "removed", "removed"]
     assert len(roots.nodes) == len({n for n in roots.nodes if roots.nodes[n].online})
-
-
-def test_host_of_an_ordinary_user_belongs_to_that_user(roots):
-    own = type(roots)([type(c) for c in roots.controllers.values()], owner=Caller(7, 8, 0))
-    attr = Tree(own, own.v2.root).getattr(ROOT)
-    assert (attr.uid, attr.gid, attr.mode & 0o7777) == (7, 8, 0o755)
 
 
 def test_rows_changed_by_rmdir_names_them_for_threaded_cgroups_only(tree, d):
