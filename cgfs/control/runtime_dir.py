@@ -20,6 +20,7 @@ import msgspec
 from cgfs.control.errors import CommandError, from_oserror
 
 NAME = "kvmsim"
+OVERRIDE = "KVMSIM_RUNTIME_DIR"
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -62,7 +63,12 @@ def owner(pid: int) -> int | None:
 
 
 def candidates(uid: int, environment: dict[str, str]) -> list[Path]:
-    """Where a user's runtime directory may be, the preferred place first."""
+    """Where a user's runtime directory may be, the preferred place first.
+
+    ``KVMSIM_RUNTIME_DIR`` is the only place if it is set: for whoever must not meet other hosts.
+    """
+    if chosen := environment.get(OVERRIDE):
+        return [Path(chosen)]
     base = environment.get("XDG_RUNTIME_DIR", "")
     places = [Path(base) / NAME] if base.startswith("/") else []
     places.append(Path("/run") / NAME if uid == 0 else Path(f"/tmp/{NAME}-{uid}"))
@@ -100,7 +106,7 @@ class RuntimeDir:
         finds those of all users, after its own.
         """
         places = candidates(os.geteuid(), dict(os.environ))
-        if os.geteuid() == 0:
+        if os.geteuid() == 0 and OVERRIDE not in os.environ:
             places += sorted(Path("/run/user").glob(f"*/{NAME}"))
             places += sorted(Path("/tmp").glob(f"{NAME}-*"))
         found = dict.fromkeys(path for path in places if _is_private(path))

@@ -17,7 +17,7 @@ from cgfs.control.runtime_dir import (
 
 @pytest.fixture
 def runtime(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("KVMSIM_RUNTIME_DIR", str(tmp_path / "kvmsim"))
     return RuntimeDir.mine()
 
 
@@ -34,6 +34,11 @@ def test_session_directory_comes_first_then_run_for_root_and_tmp_for_others():
     ]
     assert candidates(0, {}) == [Path("/run/kvmsim")]
     assert candidates(1000, {"XDG_RUNTIME_DIR": "relative"}) == [Path("/tmp/kvmsim-1000")]
+
+
+def test_chosen_directory_is_the_only_one(runtime):
+    assert candidates(0, {"KVMSIM_RUNTIME_DIR": "/x", "XDG_RUNTIME_DIR": "/y"}) == [Path("/x")]
+    assert RuntimeDir.readable() == [runtime]
 
 
 def test_directory_is_made_for_its_user_alone(runtime, tmp_path):
