@@ -34,7 +34,7 @@ class Members(Protocol):
         ...
 
     def exited(self, tid: int, tgid: int, now_ns: int) -> None:
-        """A thread of a watched process is gone; with the last one the whole process is."""
+        """A thread of a watched process is gone; with `tid == tgid` the whole process."""
         ...
 
 
