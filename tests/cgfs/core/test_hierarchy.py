@@ -93,6 +93,7 @@ def test_mkdir_in_a_setgid_directory_takes_its_group(shell):
     child = shell.mkdir("/d/a")
     assert child.owner(DIRECTORY) == (0, 65534)
     assert child.mode(DIRECTORY) == stat.S_ISGID | 0o755
+    assert child.owner(1) == (0, 65534)
 
 
 def test_rmdir_with_children_is_ebusy(shell, fails_with):
