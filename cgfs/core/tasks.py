@@ -266,7 +266,16 @@ class TaskTable:
         task.places.clear()
 
     def move(self, task: Task, dst: Cgroup, now_ns: int) -> None:
-        """Put a whole process into a cgroup of some hierarchy."""
+        """Put a whole process into a cgroup of some hierarchy.
+
+        A leader that has exited stays behind when its threads move (Linux 6.12 cgroup.c
+        cgroup_migrate_add_task(): "@task either already exited or can't exit until the end").
+        """
+        threads = self.threads(task)
+        if threads and task.pid not in threads:
+            for tid in threads:
+                self.move_thread(task, tid, dst, now_ns)
+            return
         hierarchy = dst.hierarchy
         src = task.place(hierarchy)
         for tid, cgrp in list(task.strays_in(hierarchy)):

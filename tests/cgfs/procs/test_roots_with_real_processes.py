@@ -217,7 +217,6 @@ def test_leader_that_exited_is_listed_while_a_thread_lives(host, start, eventual
     assert host.events("/d").startswith("populated 1\n")
 
 
-@pytest.mark.xfail(reason="the model moves a dead leader along with its threads")
 def test_leader_that_exited_stays_behind_when_its_threads_move(host, start, eventually):
     host.mkdir("/e")
     child = start.python(LEADER_EXITS)
