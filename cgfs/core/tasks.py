@@ -213,6 +213,10 @@ class TaskTable:
         if not task.emulated and not task.places and not task.strays:
             self._drop(task)
 
+    def threads_apart(self) -> list[tuple[int, int]]:
+        """(tid, tgid) of every thread that is placed by itself in some hierarchy."""
+        return [(tid, task.pid) for task in self._tasks.values() for tid in task.strays]
+
     def _drop(self, task: Task) -> None:
         if self._tasks.pop(task.pid, None) is not None and not task.emulated:
             self.processes.unwatch(task.pid)

@@ -55,6 +55,8 @@ class ProcConnector(ForkSource):
         OSError: the kernel has no connector; the first `start` raises it where it is not permitted.
     """
 
+    reports_threads = True
+
     def __init__(self, receive_buffer_bytes: int = RECEIVE_BUFFER_BYTES) -> None:
         kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         self._socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_CONNECTOR)

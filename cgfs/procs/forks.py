@@ -33,7 +33,12 @@ class ForkSource(Protocol):
 
     `watched` maps the process ids of interest to when the watch began, in clock ticks since boot.
     It may grow and shrink while `read` iterates.
+
+    Attributes:
+        reports_threads: new threads and their exits are news too.
     """
+
+    reports_threads: bool
 
     def describe(self) -> str:
         """One line for a person: what it is, and what it misses."""

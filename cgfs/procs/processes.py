@@ -33,6 +33,10 @@ class Members(Protocol):
         """A watched process has made a task; calls `watch` if that is to be watched too."""
         ...
 
+    def threads_apart(self) -> list[tuple[int, int]]:
+        """(tid, tgid) of threads whose own exit matters."""
+        ...
+
     def exited(self, tid: int, tgid: int, now_ns: int) -> None:
         """A thread of a watched process is gone; with `tid == tgid` the whole process."""
         ...
@@ -224,12 +228,21 @@ class RealProcesses:
                 self._forked(news)
             elif self.members is not None:
                 self.members.exited(news.tid, news.tgid, self._clock())
+        if not self._forks.reports_threads:
+            self._look_for_dead_threads()
         for tgid in gone:
             if tgid in self._watched and not self._pidfds.alive(
                 tgid
             ):  # not replaced by a new process of this number
                 self._gone(tgid)
         return delivered
+
+    def _look_for_dead_threads(self) -> None:
+        if self.members is None:
+            return
+        for tid, tgid in self.members.threads_apart():
+            if proc.state(f"/proc/{tgid}/task/{tid}/stat") in proc.DEAD_STATES | {None}:
+                self.members.exited(tid, tgid, self._clock())
 
     def _forked(self, fork: Fork) -> None:
         child = fork.child_tgid

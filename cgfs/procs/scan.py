@@ -7,8 +7,8 @@ number is not to be had (lxcfs puts its own loadavg there), every process is rea
 What is lost: a child is known by its parent's number, which changes when the parent exits. A
 process whose parent exits between two looks is taken for a child of init and leaves its cgroup
 unnoticed; daemons that fork twice do this on purpose. Looks happen before every question about
-membership and every `LOOK_EVERY_S` in between (`cgfs.procs.watch`). New threads and their exits
-are not reported.
+membership and every `LOOK_EVERY_S` in between (`cgfs.procs.watch`). New threads are not reported,
+and a child counts as that of its process, not of one thread.
 """
 
 import os
@@ -61,6 +61,8 @@ def children_since(watched: Mapping[int, int], since_ticks: int) -> Iterator[For
 
 class ForkScan(ForkSource):
     """Forks from looking at /proc."""
+
+    reports_threads = False
 
     def __init__(self) -> None:
         self._cursor_works = _cursor_moves()

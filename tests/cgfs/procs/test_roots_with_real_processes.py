@@ -396,11 +396,11 @@ async def test_sigterm_to_a_frozen_process_ends_it(host, waiter, nursery):
 
 
 @pytest.fixture
-def threaded(connected_host):
+def threaded(host):
     """/d is a thread root with the threaded /d/t in it."""
-    connected_host.mkdir("/d/t")
-    connected_host.write("/d/t", "cgroup.type", "threaded")
-    return connected_host
+    host.mkdir("/d/t")
+    host.write("/d/t", "cgroup.type", "threaded")
+    return host
 
 
 def test_single_thread_moves_within_its_domain(threaded, start):
@@ -424,7 +424,10 @@ def test_thread_leaves_its_cgroup_when_it_exits(threaded, start, eventually):
     assert threaded.events("/d/t") == "populated 0\nfrozen 0\n"
 
 
-def test_child_of_a_thread_joins_the_cgroup_of_that_thread(threaded, start):
+def test_child_of_a_thread_joins_the_cgroup_of_that_thread(connected_host, start):
+    threaded = connected_host
+    threaded.mkdir("/d/t")
+    threaded.write("/d/t", "cgroup.type", "threaded")
     child = start.python(
         THREAD.replace(
             "sys.stdin.readline()",
