@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from conformance import syscalls
 from conformance.calls import eventually
@@ -41,7 +41,39 @@ def command(directory: Path, options: str) -> list[str]:
 
 @contextlib.contextmanager
 def mounted(options: str = "") -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Mounts a hierarchy for a block; gives its root and the function that feeds the watchdog.
+    """Mounts a hierarchy for a block; gives its root and the function that feeds the watchdog."""
+    with _served(lambda directory: command(directory, options)) as (directory, _, feed):
+        yield directory, feed
+
+
+@contextlib.contextmanager
+def charging() -> Iterator[tuple[Path, Callable[[int, str, int], str]]]:
+    """Mounts a hierarchy whose `misc` can be charged; gives its root and what charges.
+
+    That is a function of pid, resource and amount, which returns "ok" or the errno's name.
+    """
+    script = Path(__file__).with_name("bare_server.py")
+    with _served(lambda directory: [sys.executable, str(script), str(directory)]) as (
+        directory,
+        server,
+        _,
+    ):
+
+        def charge(pid: int, resource: str, amount: int) -> str:
+            assert server.stdin is not None
+            assert server.stdout is not None
+            server.stdin.write(f"{pid} {resource} {amount}\n".encode())
+            server.stdin.flush()
+            return server.stdout.readline().decode().strip()
+
+        yield directory, charge
+
+
+@contextlib.contextmanager
+def _served(
+    command_for: Callable[[Path], list[str]],
+) -> Iterator[tuple[Path, subprocess.Popen[bytes], Callable[[], None]]]:
+    """Runs a server of a mount for a block.
 
     A request that the server never answers cannot be interrupted by a signal, so a watchdog
     process ends a server that has kept the tests waiting for too long.
@@ -51,22 +83,26 @@ def mounted(options: str = "") -> Iterator[tuple[Path, Callable[[], None]]]:
         directory.mkdir()
         Path(name).chmod(0o755)
         log = Path(name, "log")
-        with log.open("wb") as output:
-            server = subprocess.Popen(
-                command(directory, options), stdout=output, stderr=output, stdin=subprocess.DEVNULL
-            )
-        feed, end = _watchdog(server.pid)
-        try:
-            if not eventually(lambda: directory.is_mount() or server.poll() is not None, READY_S):
-                raise TimeoutError(f"no mount after {READY_S} s: {log.read_text()}")
-            if server.poll() is not None:
-                raise ChildProcessError(f"the mount failed: {log.read_text()}")
-            yield directory, feed
-        finally:
-            _stop(server, directory)
-            end()
-            if errors := log.read_text():
-                sys.stderr.write(f"log of the mount:\n{errors}")
+        with log.open("wb") as errors, _process(command_for(directory), errors) as server:
+            feed, end = _watchdog(server.pid)
+            try:
+                _wait_for_mount(server, directory, log)
+                yield directory, server, feed
+                assert server.poll() is None, f"the server ended by itself: {log.read_text()}"
+            finally:
+                _stop(server, directory)
+                end()
+
+
+def _process(arguments: list[str], errors: BinaryIO) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=errors)
+
+
+def _wait_for_mount(server: subprocess.Popen[bytes], directory: Path, log: Path) -> None:
+    eventually(lambda: directory.is_mount() or server.poll() is not None, READY_S)
+    if not directory.is_mount():
+        raise ChildProcessError(f"no mount after {READY_S} s: {log.read_text()}")
 
 
 def _stop(server: subprocess.Popen[bytes], directory: Path) -> None:

@@ -13,7 +13,7 @@ from conformance.calls import (
     read,
     write,
 )
-from conformance.kids import NOBODY, become, fork_sleeper, seteuid
+from conformance.kids import NOBODY, Kid, become, fork_sleeper, seteuid
 
 DELEGATED = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
 
@@ -180,6 +180,17 @@ def test_c6_a_directory_that_cannot_be_searched_is_closed(d, nobody, observe):
     observe("listdir", attempt(nobody.do, os.listdir, str(d / "c")), "EACCES")
 
 
+def test_c6_controller_files_take_the_group_of_a_setgid_directory(
+    without_controller, world, d, observe
+):
+    os.chown(d, -1, 4242)
+    os.chmod(d, 0o2755)
+    with world.root_controller(on=True):
+        observe(
+            "owner", [os.stat(d / world.limit).st_uid, os.stat(d / world.limit).st_gid], [0, 4242]
+        )
+
+
 def test_c6_the_supplementary_groups_of_the_opener_count(d, kids, observe):
     (d / "g").mkdir()
     for path in (d / "g" / "cgroup.procs", d / "cgroup.procs"):
@@ -199,7 +210,15 @@ def become_member(gid):
 
 def test_c6_a_descriptor_passed_on_moves_the_writer(d, kids, observe):
     (d / "c").mkdir()
-    with opened(d / "c" / "cgroup.procs", os.O_WRONLY) as fd:
-        kid = kids()
-        observe("write", attempt(kid.do, os.write, fd, b"0"), 1)
-    observe("listed", numbers(d / "c" / "cgroup.procs") == [kid.pid], True)
+    opener = kids()
+    observe("write", opener.do(pass_on_and_write, str(d / "c" / "cgroup.procs")), 1)
+    observe("listed", opener.pid not in numbers(d / "c" / "cgroup.procs"), True)
+
+
+def pass_on_and_write(path):
+    with opened(path, os.O_WRONLY) as fd:
+        writer = Kid()
+        try:
+            return writer.do(os.write, fd, b"0")
+        finally:
+            writer.end()
