@@ -58,9 +58,12 @@ def mount_at(directory: Path) -> Mount | None:
 
 
 def is_dead(directory: Path) -> bool:
-    """Whether the server behind a FUSE mount has gone."""
+    """Whether the server behind a FUSE mount has gone.
+
+    The kernel may answer stat(2) from what it remembers; statfs(2) it always passes on.
+    """
     try:
-        directory.stat()
+        os.statvfs(directory)
     except OSError as error:
         return error.errno in {errno.ENOTCONN, errno.ECONNABORTED}
     return False

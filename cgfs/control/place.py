@@ -94,16 +94,17 @@ def _check_free(directory: Path, down: str, *, nonempty: bool) -> None:
 
 
 def _check_mount(directory: Path, mount: Mount, down: str, *, nonempty: bool) -> None:
-    found = find_entry(directory)
-    if is_dead(directory):
-        raise CommandError(
-            f"{directory}: the server of this mount has died; clear it with: {down} {directory}",
-            errno=errno.ENOTCONN,
-        )
+    """Refuses what is mounted already, and says what to do about it."""
+    found = find_entry(directory) if mount.fstype in OUR_TYPES else None
     if found is not None and found[1].alive:
         raise CommandError(
             f"{directory}: already mounted (pid {found[1].pid}); end it with: {down} {directory}",
             errno=errno.EBUSY,
+        )
+    if found is not None or is_dead(directory):
+        raise CommandError(
+            f"{directory}: the server of this mount has died; clear it with: {down} {directory}",
+            errno=errno.ENOTCONN,
         )
     if mount.fstype in OUR_TYPES or not nonempty:
         raise CommandError(

@@ -152,9 +152,10 @@ class OrdinaryShell(Shell):
 def ordinary(shell):
     """An ordinary user's session."""
     place = Path(tempfile.mkdtemp(prefix="kvmsim-session-"))
-    shutil.copytree(shell.home.parent, place, dirs_exist_ok=True)
     place.chmod(0o755)
+    shutil.copytree(shell.home.parent / "bin", place / "bin")
     for name in ("home", "run"):
+        (place / name).mkdir()
         os.chown(place / name, NOBODY, NOBODY)
     environment = shell.environment | {
         "HOME": str(place / "home"),

@@ -1,0 +1,1 @@
+"""Puts a machine together: preset, cgroups, KVM, time, and the edges that people use."""

@@ -1,0 +1,262 @@
+"""One emulated host: a machine with its KVM, its cgroups, and the VMs that run on it.
+
+The same object serves a mount (``kvmsim.builder.serve``) and a test (``kvmsim.open_host``). All
+calls are synchronous and take effect at the timeline's present; ``run`` is the one task that moves
+it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, cast
+
+from cgfs.control.errors import CommandError
+from cgfs.controllers import CONTROLLERS
+from cgfs.controllers.misc import Misc
+from cgfs.core.roots import Roots
+from kvmsim.abi import caps
+from kvmsim.builder.process import VmProcess
+from kvmsim.control.messages import HostSnapshot, Resource, StartVm, VmSnapshot
+from kvmsim.engine.synthetic import parse_guest
+from kvmsim.errors import ConfigError
+from kvmsim.host.accounting import CgroupAccounting
+from kvmsim.host.machine import Machine
+from kvmsim.kvm.system import System
+from kvmsim.sim.streams import derive_seed, vcpu_stream
+from kvmsim.vmm.run_loop import RunLoop
+from kvmsim.vmm.timeline import Timeline
+from kvmsim.vmm.vmm import Vmm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import trio
+
+    from cgfs.control.launch import Launch
+    from cgfs.core.cgroup import Cgroup
+    from cgfs.core.tasks import Processes
+    from kvmsim.host.presets import Preset
+    from kvmsim.vmm.timeline import Limiter
+
+log = logging.getLogger(__name__)
+
+VM_TYPES = {
+    "default": caps.KVM_X86_DEFAULT_VM,
+    "sev": caps.KVM_X86_SEV_VM,
+    "sev-es": caps.KVM_X86_SEV_ES_VM,
+    "snp": caps.KVM_X86_SNP_VM,
+    "tdx": caps.KVM_X86_TDX_VM,
+}
+NO_TRACKING = "none: emulated processes only"
+
+
+class Host:
+    """An emulated host.
+
+    Args:
+        preset: the machine.
+        name: of the preset, for people.
+        controllers: cgroup controllers of its kernel, by name.
+        seed: chance of its guests.
+        processes: who knows the real processes; None for none.
+
+    Attributes:
+        roots: its cgroup hierarchies.
+        machine: the hardware, and what its kernel makes of it.
+        system: its KVM.
+        timeline: its time.
+        loop: what moves the time.
+        vms: its running VMs by name, oldest first.
+        place: where it is mounted; None without a mount.
+        process_tracking: how real processes are followed, for people.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        name: str,
+        controllers: Sequence[str] = tuple(CONTROLLERS),
+        seed: int = 0,
+        processes: Processes | None = None,
+    ) -> None:
+        self.preset = preset
+        self.name = name
+        self.seed = seed
+        self.roots = Roots([CONTROLLERS[name] for name in controllers], processes)
+        misc = self.roots.controllers.get("misc")
+        if isinstance(misc, Misc):
+            for resource in preset.misc:
+                misc.add_resource(resource)
+        self.machine = Machine(preset, self.roots, CgroupAccounting(self.roots))
+        self.system = System(self.machine)
+        limiter = cast("Limiter | None", self.roots.controllers.get("bus_lock"))
+        self.timeline = Timeline(limiter, bus_lock_stall_ns=self.machine.bus_lock_stall_ns)
+        self.loop = RunLoop(self.timeline)
+        self.vms: dict[str, VmProcess] = {}
+        self.place: Launch | None = None
+        self.process_tracking = NO_TRACKING
+        self.epoch_ns = time.time_ns() - self.timeline.now_ns
+        self._started_ns = self.timeline.now_ns
+
+    # -- time ----------------------------------------------------------------------------------
+
+    def now_ns(self) -> int:
+        """The present of the model."""
+        return self.timeline.now_ns
+
+    def catch_up(self) -> None:
+        """Brings the model up to the present of the clock."""
+        self.loop.catch_up()
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Moves the host's time until cancelled."""
+        await self.loop.run(task_status=task_status)
+
+    def close(self) -> None:
+        """Ends every VM."""
+        for process in list(self.vms.values()):
+            process.killed(self.timeline.now_ns)
+
+    # -- virtual machines ------------------------------------------------------------------------
+
+    async def start_vm(self, request: StartVm, caller_pid: int = 0) -> VmSnapshot:
+        """Starts a VM. All or nothing.
+
+        Args:
+            request: which.
+            caller_pid: in whose cgroup, where the request does not say.
+
+        Raises:
+            CommandError: the name is taken, or a word of the request is not understood.
+            CgroupError: the cgroup is not there or takes no processes.
+            KvmError: KVM refuses; the refused charge is its cause.
+        """
+        self.catch_up()
+        if request.name in self.vms:
+            raise CommandError("the name is taken")
+        process = VmProcess(request, self._cgroup(request.cgroup, caller_pid), self.roots)
+        try:
+            self._boot(process, request)
+        except BaseException:
+            process.exit(self.timeline.now_ns)
+            raise
+        self.vms[request.name] = process
+        log.info("vm %s started in cgroup %s", request.name, process.cgroup)
+        return process.snapshot(self.timeline.now_ns)
+
+    def _boot(self, process: VmProcess, request: StartVm) -> None:
+        vm_type = self._vm_type(request.type)
+        try:
+            guest = parse_guest(request.guest)
+        except ConfigError as error:
+            raise CommandError(str(error), os.EX_USAGE) from error
+        vmm = Vmm(
+            request.name,
+            self.system,
+            self.timeline,
+            pid=process.spawn(self.timeline.now_ns),
+            vm_type=vm_type,
+            bus_lock_ratelimit=request.bus_lock_ratelimit,
+        )
+        try:
+            seed = derive_seed(self.seed) if request.seed is None else request.seed
+            for vcpu in range(request.vcpus):
+                vmm.add_vcpu(guest.engine(vcpu_stream(seed, request.name, vcpu)))
+        except BaseException:
+            vmm.stop(self.timeline.now_ns)
+            raise
+        vmm.on_stopped = self._stopped
+        process.run(vmm, self.timeline.now_ns)
+
+    def _stopped(self, vmm: Vmm, now_ns: int) -> None:
+        """A VM has ended, whoever ended it."""
+        process = self.vms.pop(vmm.name, None)
+        if process is not None:
+            process.exit(now_ns)
+            log.info("vm %s stopped", vmm.name)
+
+    async def stop_vm(self, name: str) -> VmSnapshot:
+        """Stops a VM and returns what it was.
+
+        Raises:
+            CommandError: there is no such VM.
+        """
+        self.catch_up()
+        process = self.vms.get(name)
+        if process is None:
+            raise CommandError("no such VM")
+        snapshot = process.snapshot(self.timeline.now_ns)
+        process.killed(self.timeline.now_ns)
+        return snapshot
+
+    def _vm_type(self, name: str) -> int:
+        vm_type = VM_TYPES.get(name)
+        if vm_type is None:
+            known = ", ".join(VM_TYPES)
+            raise CommandError(f"no VM type {name!r} (there are: {known})", os.EX_USAGE)
+        if not self.system.check_extension(caps.KVM_CAP_VM_TYPES) & 1 << vm_type:
+            raise CommandError(f"this machine ({self.name}) has no {name} guests")
+        return vm_type
+
+    def _cgroup(self, path: str | None, caller_pid: int) -> Cgroup:
+        if path is not None:
+            return self.roots.v2.find(path)
+        return self.roots.cgroup_of(caller_pid, self.roots.v2)
+
+    # -- watching --------------------------------------------------------------------------------
+
+    def statistics(self) -> HostSnapshot:
+        """The host at a glance."""
+        self.catch_up()
+        used = [vm.key.charge.kind for vm in self.system.vms if vm.key is not None]
+        place = self.place
+        log_file = place.log if place else None
+        return HostSnapshot(
+            directory=str(place.directory) if place else "",
+            preset=self.name,
+            description=self.preset.description,
+            vendor=self.preset.vendor,
+            cpus=self.preset.cpus,
+            controllers=list(self.roots.controllers),
+            resources={
+                name: Resource(capacity, used.count(name))
+                for name, capacity in self.machine.capacities.items()
+            },
+            vms=len(self.vms),
+            cgroups=1 + self.roots.v2.root.nr_descendants,
+            process_tracking=self.process_tracking,
+            seed=self.seed,
+            uptime_ns=self.timeline.now_ns - self._started_ns,
+            pid=os.getpid(),
+            uid=os.geteuid(),
+            socket=str(place.socket) if place else "",
+            log=str(log_file) if log_file else "",
+        )
+
+    def vm_statistics(self) -> list[VmSnapshot]:
+        """Every VM, in the order they were started."""
+        self.catch_up()
+        return [process.snapshot(self.timeline.now_ns) for process in self.vms.values()]
+
+    def kvm_statistics(self) -> dict[str, Callable[[], int]]:
+        """KVM's statistics files in debugfs: sums over all VMs."""
+
+        def exits(*names: str) -> Callable[[], int]:
+            def count() -> int:
+                vms = [vm.statistics() for vm in self.system.vms]
+                return sum(vm.exits.get(name, 0) for vm in vms for name in names)
+
+            return count
+
+        def every_exit() -> int:
+            return sum(sum(vm.statistics().exits.values()) for vm in self.system.vms)
+
+        return {
+            "exits": every_exit,
+            "halt_exits": exits("HLT"),
+            "io_exits": exits("IO"),
+            "mmio_exits": exits("MMIO"),
+            "signal_exits": exits("INTR"),
+        }
