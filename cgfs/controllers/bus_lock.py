@@ -16,11 +16,12 @@ What can be relied on:
   siblings take turns, however many waiters each has.
 * A write to bus_lock.max that changes the limit fills the credit up and lets waiters go at once.
 
-Counting. ``nr_events`` counts at admission, in the cgroup of the task and in all its ancestors, so
-the children's counts add up to the parent's. A bus lock that has to wait counts one
-``nr_throttled`` there (again hierarchical), and one event in the nearest cgroup, from the task's
-upwards, whose own limit was short: ``max`` in that cgroup's bus_lock.events.local, and in
-bus_lock.events of it and its ancestors, as misc does. However often a wait is interrupted and
+Counting. Only bus locks that the kernel detects count: those below a finite limit, and those of
+VMs whose VMM enabled detection. ``nr_events`` counts at admission, in the cgroup of the task and in
+all its ancestors, so the children's counts add up to the parent's. A bus lock that has to wait
+counts one ``nr_throttled`` there (again hierarchical), and one event in the nearest cgroup, from
+the task's upwards, whose own limit was short: ``max`` in that cgroup's bus_lock.events.local, and
+in bus_lock.events of it and its ancestors, as misc does. However often a wait is interrupted and
 resumed, or moved to another cgroup, it counts once. ``throttled_usec`` is the sum of the waits that
 ended: by admission, interruption, move or cancelling.
 """

@@ -161,6 +161,8 @@ class Timeline:
 
     def next_due_ns(self) -> int | None:
         """The next time at which something may happen, None when nothing ever will."""
+        if self._limiter is not None:
+            self._look_at_limiter()
         for heap in (self._running, self._sleeping):
             while heap and heap[0][2].ticket != heap[0][1]:
                 heappop(heap)
@@ -225,6 +227,7 @@ class Timeline:
         self._look_at_limiter()
 
     def _look_at_limiter(self) -> None:
+        """Note the limiter's deadline; between two looks it can only have become later."""
         assert self._limiter is not None
         ready_ns = self._limiter.next_ready_ns()
         self._limiter_ns = NEVER if ready_ns is None else ready_ns
