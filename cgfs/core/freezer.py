@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cgfs.core.tasks import Task
 
 # A fork bomb may outrun the search for children; the kernel holds the fork lock instead.
-_KILL_ROUNDS = 100
+_ROUNDS = 100
 
 
 def set_freeze(cgrp: Cgroup, freeze: bool, now_ns: int) -> None:
@@ -63,11 +63,21 @@ def is_frozen(cgrp: Cgroup, caller: Caller) -> bool:
         return False
     roots = cgrp.hierarchy.roots
     asking = roots.tgid_of(caller.pid)
-    return all(
-        task.emulated or task.pid == asking or roots.processes.is_frozen(task.pid)
-        for dsct in cgrp.subtree()
-        for task in _tasks_in(dsct)
-    )
+    stopped: set[int] = set()
+    # A process may have forked after the last look and before it stopped.
+    for _ in range(_ROUNDS):
+        found = [task for dsct in cgrp.subtree() for task in _tasks_in(dsct)]
+        running = [task for task in found if task.pid not in stopped]
+        if not running:
+            return True
+        if not all(
+            task.emulated or task.pid == asking or roots.processes.is_frozen(task.pid)
+            for task in running
+        ):
+            return False
+        stopped.update(task.pid for task in running)
+        roots.processes.sync()
+    return False
 
 
 def kill(cgrp: Cgroup, now_ns: int) -> None:
@@ -80,7 +90,7 @@ def kill(cgrp: Cgroup, now_ns: int) -> None:
         raise CgroupError(EOPNOTSUPP)
     roots = cgrp.hierarchy.roots
     killed: set[int] = set()
-    for _ in range(_KILL_ROUNDS):
+    for _ in range(_ROUNDS):
         roots.processes.sync()
         found = {
             task.pid: task
