@@ -26,6 +26,8 @@ _MS_NODEV = 4
 _MNT_DETACH = 2
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 _HELPER = "fusermount3"
+# Its standard input ends when the serving process does; a line before that says all is well.
+_WATCH = 'read -r _ || fusermount3 -u -z -q -- "$1" || umount -l -- "$1"'
 _HELPER_SECONDS = 10.0
 
 
@@ -45,26 +47,26 @@ class Options:
 
 
 class Connection:
-    """A mount: the device descriptor and, where there is one, the helper that watches over it.
-
-    The helper unmounts when this process dies, however it dies.
+    """A mount: the device descriptor, and a process that unmounts should this one die.
 
     Attributes:
         fd: descriptor of the FUSE device.
         mountpoint: absolute path.
     """
 
-    def __init__(
-        self,
-        fd: int,
-        mountpoint: str,
-        watch: socket.socket | None = None,
-        helper: subprocess.Popen[bytes] | None = None,
-    ) -> None:
+    def __init__(self, fd: int, mountpoint: str) -> None:
         self.fd = fd
         self.mountpoint = mountpoint
-        self._watch = watch
-        self._helper = helper
+        # fusermount3's own auto_unmount looks into the mount to see whether it is dead, which an
+        # ordinary user's mount does not let the set-uid helper do.
+        self._watch = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCH, "cgfs-watch", mountpoint],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,
+        )
 
     def unmount(self) -> None:
         """Takes the mount out of the tree, also while it is in use; harmless if it is gone."""
@@ -91,15 +93,12 @@ class Connection:
         os.close(null)
 
     def dismiss(self) -> None:
-        """Lets the helper end; it looks once more whether there is something to unmount."""
-        if self._watch is not None:
-            self._watch.close()
-        if self._helper is not None:
-            try:
-                self._helper.wait(_HELPER_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._helper.kill()
-                self._helper.wait()
+        """Lets the watching process end: the mount has been taken down."""
+        try:
+            self._watch.communicate(b"\n", _HELPER_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._watch.kill()
+            self._watch.communicate()
 
 
 def check(mountpoint: str, *, over: bool = False) -> str:
@@ -156,13 +155,12 @@ def user_allow_other(configuration: Path = Path("/etc/fuse.conf")) -> bool:
 def _by_helper(helper: str, mountpoint: str, options: Options) -> Connection:
     words = [
         "default_permissions",
-        "auto_unmount",
         f"fsname={_escape(options.fsname)}",
         f"subtype={_escape(options.subtype)}",
         *(["allow_other"] if options.allow_other else []),
     ]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with tempfile.TemporaryFile() as complaints:
+    with ours, theirs, tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
             [helper, "-o", ",".join(words), "--", mountpoint],
             pass_fds=[theirs.fileno()],
@@ -175,13 +173,13 @@ def _by_helper(helper: str, mountpoint: str, options: Options) -> Connection:
         try:
             fd = _receive(ours)
         except OSError as error:
-            ours.close()
             process.wait()
             complaints.seek(0)
-            words = os.fsdecode(complaints.read()).strip().splitlines()
-            reason = words[0].removeprefix(f"{_HELPER}: ") if words else str(error)
+            lines = os.fsdecode(complaints.read()).strip().splitlines()
+            reason = lines[0].rpartition(f"{_HELPER}: ")[2] if lines else str(error)
             raise MountError(f"cannot mount on {mountpoint}: {reason}") from None
-    return Connection(fd, mountpoint, ours, process)
+        process.wait()
+    return Connection(fd, mountpoint)
 
 
 def _receive(channel: socket.socket) -> int:

@@ -115,6 +115,7 @@ class Operations:
         tree.known = self._inodes.known
         self.notifier = Notifier(self.changes, self._inodes, self._files, driver, self._path)
         self._callers: dict[tuple[int, int, int], Caller] = {}
+        self._asked_again: set[tuple[int, int]] = set()
         self._missing = missing_entry()
         # pyfuse3 copies what open returns before anything else can run.
         self._direct = FileInfo(direct_io=True, keep_cache=True)
@@ -419,7 +420,7 @@ class Operations:
         if flags & os.O_DIRECT:
             raise FUSEError(errno.EINVAL)
         if not tree.alive(ino):
-            raise FUSEError(errno.ENODEV)
+            raise FUSEError(self._error_of_removed(ino, ctx.pid))
         row: CFType = tree.row(ino)
         writes = flags & (os.O_ACCMODE | os.O_TRUNC)
         caller = self._opener(ctx) if writes else self._caller(ctx)
@@ -439,6 +440,21 @@ class Operations:
             self.gate.close_writer(handle.ino)
             raise
         return self._opened(handle)
+
+    def _error_of_removed(self, ino: int, pid: int) -> int:
+        """Opening by name is ENOENT, opening again through /proc/PID/fd is ENODEV (spec C.8).
+
+        After ESTALE the kernel walks the path once more without trusting what it remembers, and
+        finds that the name has gone. Only a path without a name ends here a second time.
+        """
+        asked = ino, pid
+        if asked in self._asked_again:
+            self._asked_again.remove(asked)
+            return errno.ENODEV
+        if len(self._asked_again) >= _KNOWN_CALLERS:
+            self._asked_again.clear()
+        self._asked_again.add(asked)
+        return errno.ESTALE
 
     def _opened(self, handle: Handle) -> FileInfo:
         info = self._cached if handle.cached else self._direct
@@ -465,7 +481,11 @@ class Operations:
         if row.kind is Kind.LIVE:
             tree.before_access()
         text: bytes = tree.read(handle.ino, handle.caller)
-        handle.seen = tree.sequence(handle.ino) if row.notify else 0
+        if row.notify:
+            handle.seen = tree.sequence(handle.ino)
+        elif text or row.kind is Kind.CONFIG:
+            # An empty list of processes has not been shown (kernfs_seq_show() did not run).
+            handle.seen = 0
         handle.text = text
         return text
 
