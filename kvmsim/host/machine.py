@@ -22,10 +22,17 @@ if TYPE_CHECKING:
 
 
 class Counted(Protocol):
-    """The one verb of a controller that a machine uses."""
+    """What a machine tells a controller."""
 
     def set_capacity(self, resource: str, amount: int) -> None:
         """Say how many units of a resource the machine has."""
+
+
+class Extensible(Protocol):
+    """What it tells misc besides: the kernel knows its resources by name, a preset may add some."""
+
+    def add_resource(self, resource: str) -> None:
+        """Know a resource; nothing if it is known already."""
 
 
 class Machine:
@@ -98,4 +105,6 @@ class Machine:
             for controller in CHARGED_BY.get(name, ("misc",)):
                 if has(roots, controller):
                     counted = cast("Counted", roots.controller(controller))
+                    if controller == "misc":
+                        cast("Extensible", counted).add_resource(name)
                     counted.set_capacity(name, amount)

@@ -1,0 +1,10 @@
+import pytest
+
+
+class NoAccounting:
+    """A machine that charges nobody."""
+
+
+@pytest.fixture
+def accounting():
+    return NoAccounting()
