@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conformance import server
+from conformance import server, syscalls
 from conformance.differences import DIFFERENCES
 from conformance.kids import Kid
 from conformance.observer import GOLDEN, REFERENCE, Golden, Observer
@@ -49,6 +49,31 @@ def cgfs_world():
     with server.mounted(f"sev={CAPACITY}") as (root, feed):
         _feeds.append(feed)
         yield World("cgfs", root, **CGFS)
+        _feeds.remove(feed)
+
+
+@pytest.fixture(scope="session")
+def linux_v1():
+    """A v1 hierarchy without controllers, gone when its last cgroup and its mount are."""
+    if os.geteuid() != 0:
+        pytest.skip("only root mounts a v1 hierarchy")
+    with server.directory() as directory:
+        try:
+            options = f"none,name=kvmsimtest{os.getpid()}"
+            syscalls.mount("none", directory, "cgroup", 0, options)
+        except OSError as error:
+            pytest.skip(f"no v1 hierarchy can be mounted: {error}")
+        yield directory
+        syscalls.umount(directory)
+
+
+@pytest.fixture(scope="session")
+def cgfs_v1():
+    if reason := server.missing():
+        pytest.skip(reason)
+    with server.mounted("v1,encryption_ids") as (root, feed):
+        _feeds.append(feed)
+        yield root
         _feeds.remove(feed)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 READY_S = 20.0
 SILENCE_S = 100.0
 _MNT_DETACH = 2
+_ALIVE, _DONE, _SILENCE = b".", b"q", b"-"
 
 
 def missing() -> str | None:
@@ -40,10 +41,20 @@ def command(directory: Path, options: str) -> list[str]:
 
 
 @contextlib.contextmanager
+def directory() -> Iterator[Path]:
+    """Makes a directory to mount on that every user can reach."""
+    with tempfile.TemporaryDirectory(prefix="cgfs-oracle-") as name:
+        mountpoint = Path(name, "mount")
+        mountpoint.mkdir()
+        Path(name).chmod(0o755)
+        yield mountpoint
+
+
+@contextlib.contextmanager
 def mounted(options: str = "") -> Iterator[tuple[Path, Callable[[], None]]]:
     """Mounts a hierarchy for a block; gives its root and the function that feeds the watchdog."""
-    with _served(lambda directory: command(directory, options)) as (directory, _, feed):
-        yield directory, feed
+    with _served(lambda root: command(root, options)) as (root, _, feed):
+        yield root, feed
 
 
 @contextlib.contextmanager
@@ -53,11 +64,7 @@ def charging() -> Iterator[tuple[Path, Callable[[int, str, int], str]]]:
     That is a function of pid, resource and amount, which returns "ok" or the errno's name.
     """
     script = Path(__file__).with_name("bare_server.py")
-    with _served(lambda directory: [sys.executable, str(script), str(directory)]) as (
-        directory,
-        server,
-        _,
-    ):
+    with _served(lambda root: [sys.executable, str(script), str(root)]) as (root, server, _):
 
         def charge(pid: int, resource: str, amount: int) -> str:
             assert server.stdin is not None
@@ -66,7 +73,7 @@ def charging() -> Iterator[tuple[Path, Callable[[int, str, int], str]]]:
             server.stdin.flush()
             return server.stdout.readline().decode().strip()
 
-        yield directory, charge
+        yield root, charge
 
 
 @contextlib.contextmanager
@@ -78,19 +85,16 @@ def _served(
     A request that the server never answers cannot be interrupted by a signal, so a watchdog
     process ends a server that has kept the tests waiting for too long.
     """
-    with tempfile.TemporaryDirectory(prefix="cgfs-oracle-") as name:
-        directory = Path(name, "mount")
-        directory.mkdir()
-        Path(name).chmod(0o755)
-        log = Path(name, "log")
-        with log.open("wb") as errors, _process(command_for(directory), errors) as server:
+    with directory() as mountpoint:
+        log = mountpoint.with_name("log")
+        with log.open("wb") as errors, _process(command_for(mountpoint), errors) as server:
             feed, end = _watchdog(server.pid)
             try:
-                _wait_for_mount(server, directory, log)
-                yield directory, server, feed
+                _wait_for_mount(server, mountpoint, log)
+                yield mountpoint, server, feed
                 assert server.poll() is None, f"the server ended by itself: {log.read_text()}"
             finally:
-                _stop(server, directory)
+                _stop(server, mountpoint)
                 end()
 
 
@@ -117,20 +121,31 @@ def _stop(server: subprocess.Popen[bytes], directory: Path) -> None:
 
 
 def _watchdog(server_pid: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Starts a process that ends the server if it hangs, or if the tests die; see _served."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
         os.close(writer)
-        while select.select([reader], [], [], SILENCE_S)[0] and os.read(reader, 1):
-            pass
-        with contextlib.suppress(ProcessLookupError):
-            if not select.select([reader], [], [], 0)[0]:
-                os.kill(server_pid, signal.SIGKILL)
+        _watch(server_pid, reader)
         os._exit(0)
     os.close(reader)
 
+    def feed() -> None:
+        os.write(writer, _ALIVE)
+
     def end() -> None:
+        os.write(writer, _DONE)
         os.close(writer)
         os.waitpid(pid, 0)
 
-    return lambda: os.write(writer, b".") and None, end
+    return feed, end
+
+
+def _watch(server_pid: int, reader: int) -> None:
+    word = _ALIVE
+    while word == _ALIVE:
+        heard = select.select([reader], [], [], SILENCE_S)[0]
+        word = os.read(reader, 1) if heard else _SILENCE
+    if word != _DONE:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server_pid, signal.SIGKILL if word == _SILENCE else signal.SIGTERM)
