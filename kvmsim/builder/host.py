@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from typing import TYPE_CHECKING, cast
 
 from cgfs.control.errors import CommandError
 from cgfs.controllers import CONTROLLERS
 from cgfs.controllers.misc import Misc
 from cgfs.core.roots import Roots
+from cgfs.views.tree import Tree
 from kvmsim.abi import caps
+from kvmsim.builder.files import Files
+from kvmsim.builder.layout import host_root
 from kvmsim.builder.process import VmProcess
 from kvmsim.control.messages import HostSnapshot, Resource, StartVm, VmSnapshot
 from kvmsim.engine.synthetic import parse_guest
@@ -24,7 +26,7 @@ from kvmsim.errors import ConfigError
 from kvmsim.host.accounting import CgroupAccounting
 from kvmsim.host.machine import Machine
 from kvmsim.kvm.system import System
-from kvmsim.sim.streams import derive_seed, vcpu_stream
+from kvmsim.sim.streams import vcpu_stream
 from kvmsim.vmm.run_loop import RunLoop
 from kvmsim.vmm.timeline import Timeline
 from kvmsim.vmm.vmm import Vmm
@@ -37,8 +39,11 @@ if TYPE_CHECKING:
     from cgfs.control.launch import Launch
     from cgfs.core.cgroup import Cgroup
     from cgfs.core.tasks import Processes
+    from kvmsim.engine.base import GuestEngine
     from kvmsim.host.presets import Preset
     from kvmsim.vmm.timeline import Limiter
+
+    Engines = Callable[[int], GuestEngine]
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +66,7 @@ class Host:
         controllers: cgroup controllers of its kernel, by name.
         seed: chance of its guests.
         processes: who knows the real processes; None for none.
+        epoch_ns: time of the epoch at the start, for the times of files.
 
     Attributes:
         roots: its cgroup hierarchies.
@@ -68,6 +74,8 @@ class Host:
         system: its KVM.
         timeline: its time.
         loop: what moves the time.
+        tree: its root directory.
+        files: the same, to read and write without a mount.
         vms: its running VMs by name, oldest first.
         place: where it is mounted; None without a mount.
         process_tracking: how real processes are followed, for people.
@@ -80,6 +88,7 @@ class Host:
         controllers: Sequence[str] = tuple(CONTROLLERS),
         seed: int = 0,
         processes: Processes | None = None,
+        epoch_ns: int = 0,
     ) -> None:
         self.preset = preset
         self.name = name
@@ -97,8 +106,11 @@ class Host:
         self.vms: dict[str, VmProcess] = {}
         self.place: Launch | None = None
         self.process_tracking = NO_TRACKING
-        self.epoch_ns = time.time_ns() - self.timeline.now_ns
         self._started_ns = self.timeline.now_ns
+        top = host_root(self.roots, self.machine, name, self.kvm_statistics())
+        self.tree = Tree(self.roots, top, epoch_ns - self._started_ns)
+        self.tree.before_access = self.catch_up
+        self.files = Files(self.tree, self.now_ns)
 
     # -- time ----------------------------------------------------------------------------------
 
@@ -121,12 +133,15 @@ class Host:
 
     # -- virtual machines ------------------------------------------------------------------------
 
-    async def start_vm(self, request: StartVm, caller_pid: int = 0) -> VmSnapshot:
+    def start_vm(
+        self, request: StartVm, caller_pid: int = 0, engines: Engines | None = None
+    ) -> VmSnapshot:
         """Starts a VM. All or nothing.
 
         Args:
             request: which.
             caller_pid: in whose cgroup, where the request does not say.
+            engines: makes the guest of each vCPU, by its id; None for what the request says.
 
         Raises:
             CommandError: the name is taken, or a word of the request is not understood.
@@ -138,7 +153,7 @@ class Host:
             raise CommandError("the name is taken")
         process = VmProcess(request, self._cgroup(request.cgroup, caller_pid), self.roots)
         try:
-            self._boot(process, request)
+            self._boot(process, request, engines or self._guest(request))
         except BaseException:
             process.exit(self.timeline.now_ns)
             raise
@@ -146,12 +161,17 @@ class Host:
         log.info("vm %s started in cgroup %s", request.name, process.cgroup)
         return process.snapshot(self.timeline.now_ns)
 
-    def _boot(self, process: VmProcess, request: StartVm) -> None:
-        vm_type = self._vm_type(request.type)
+    def _guest(self, request: StartVm) -> Engines:
+        """The guest that a request describes in words."""
         try:
             guest = parse_guest(request.guest)
         except ConfigError as error:
             raise CommandError(str(error), os.EX_USAGE) from error
+        seed = self.seed if request.seed is None else request.seed
+        return lambda vcpu: guest.engine(vcpu_stream(seed, request.name, vcpu))
+
+    def _boot(self, process: VmProcess, request: StartVm, engines: Engines) -> None:
+        vm_type = self._vm_type(request.type)
         vmm = Vmm(
             request.name,
             self.system,
@@ -161,14 +181,17 @@ class Host:
             bus_lock_ratelimit=request.bus_lock_ratelimit,
         )
         try:
-            seed = derive_seed(self.seed) if request.seed is None else request.seed
             for vcpu in range(request.vcpus):
-                vmm.add_vcpu(guest.engine(vcpu_stream(seed, request.name, vcpu)))
+                vmm.add_vcpu(engines(vcpu))
         except BaseException:
             vmm.stop(self.timeline.now_ns)
             raise
         vmm.on_stopped = self._stopped
         process.run(vmm, self.timeline.now_ns)
+
+    def vmm(self, name: str) -> Vmm:
+        """The VMM of a running VM; KeyError if there is none of that name."""
+        return self.vms[name].vmm
 
     def _stopped(self, vmm: Vmm, now_ns: int) -> None:
         """A VM has ended, whoever ended it."""
@@ -177,7 +200,7 @@ class Host:
             process.exit(now_ns)
             log.info("vm %s stopped", vmm.name)
 
-    async def stop_vm(self, name: str) -> VmSnapshot:
+    def stop_vm(self, name: str) -> VmSnapshot:
         """Stops a VM and returns what it was.
 
         Raises:

@@ -38,6 +38,12 @@ class VmProcess:
             return self._start.path
         return self._task.place(self._roots.v2).path
 
+    @property
+    def vmm(self) -> Vmm:
+        """What runs it, once it has booted."""
+        assert self._vmm is not None
+        return self._vmm
+
     def spawn(self, now_ns: int) -> int:
         """Makes the process, before it has opened KVM; returns its pid.
 
@@ -83,8 +89,7 @@ class VmProcess:
 
     def snapshot(self, now_ns: int) -> VmSnapshot:
         """The VM at a glance."""
-        assert self._vmm is not None
-        vmm = self._vmm.statistics()
+        vmm = self.vmm.statistics()
         request = self._request
         return VmSnapshot(
             name=request.name,
@@ -92,7 +97,7 @@ class VmProcess:
             pid=self._task.pid if self._task else 0,
             cgroup=self.cgroup,
             state="frozen" if vmm.frozen else vmm.state,
-            asid=self._vmm.vm.statistics().asid,
+            asid=self.vmm.vm.statistics().asid,
             guest=request.guest,
             uptime_ns=now_ns - self._started_ns,
             bus_lock_ratelimit=request.bus_lock_ratelimit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,7 @@ from cgfs.fuse import mount as fuse
 from cgfs.procs import watch
 from cgfs.procs.choose import open_processes
 from cgfs.procs.release_agent import ReleaseAgent
-from cgfs.views.tree import Tree
 from kvmsim.builder.host import Host
-from kvmsim.builder.layout import host_root
 from kvmsim.control.explain import explain
 from kvmsim.control.methods import host_methods
 
@@ -59,7 +58,9 @@ def serve_host(options: HostOptions, launched: Launch) -> None:
 
 
 async def _serve(options: HostOptions, launched: Launch) -> None:
-    host = Host(options.preset, options.name, options.controllers, options.seed)
+    host = Host(
+        options.preset, options.name, options.controllers, options.seed, epoch_ns=time.time_ns()
+    )
     host.place = launched
     processes = open_processes(host.roots.tasks, host.now_ns)
     host.process_tracking = processes.describe()
@@ -92,11 +93,8 @@ async def _mount(
     *,
     task_status: trio.TaskStatus[fuse.Mount],
 ) -> None:
-    top = host_root(host.roots, host.machine, options.name, host.kvm_statistics())
-    tree = Tree(host.roots, top, host.epoch_ns)
-    tree.before_access = host.catch_up
     await fuse.serve(
-        tree,
+        host.tree,
         str(launched.directory),
         fsname=options.source,
         subtype="kvmsim",

@@ -5,6 +5,7 @@ and does lives in ``kvmsim.builder``.
 """
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Protocol
 
 from cgfs.control.errors import CommandError
@@ -22,10 +23,10 @@ class HostApi(Protocol):
     def vm_statistics(self) -> list[VmSnapshot]:
         """Every VM, in the order they were started."""
 
-    async def start_vm(self, request: StartVm, caller_pid: int) -> VmSnapshot:
+    def start_vm(self, request: StartVm, caller_pid: int) -> VmSnapshot:
         """Starts a VM; raises what ``explain`` knows."""
 
-    async def stop_vm(self, name: str) -> VmSnapshot:
+    def stop_vm(self, name: str) -> VmSnapshot:
         """Stops a VM and returns what it was at the end."""
 
 
@@ -45,10 +46,10 @@ def host_methods(host: HostApi) -> list[Method]:
         raise CommandError(f"vm {params.name}: no such VM")
 
     async def start(params: StartVm, peer: Peer) -> VmSnapshot:
-        return await _about(params.name, host.start_vm(params, peer.pid))
+        return _about(params.name, partial(host.start_vm, params, peer.pid))
 
     async def stop(params: NamedVm, _peer: Peer) -> VmSnapshot:
-        return await _about(params.name, host.stop_vm(params.name))
+        return _about(params.name, partial(host.stop_vm, params.name))
 
     return [
         _method("host.info", Nothing, info),
@@ -63,10 +64,10 @@ def _method(name: str, params: type[Any], call: Callable[[Any, Peer], Awaitable[
     return Method(name, params, call)
 
 
-async def _about(name: str, call: Awaitable[VmSnapshot]) -> VmSnapshot:
+def _about(name: str, call: Callable[[], VmSnapshot]) -> VmSnapshot:
     """Puts the name of the VM before what went wrong with it."""
     try:
-        return await call
+        return call()
     except Exception as error:
         failure = explain(error)
         if failure is None:
