@@ -1,13 +1,22 @@
 """Figures of our world alone: memory at rest, the large run, the long run of a limit."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import worlds
 
+from kvmsim.sim.scale import run_scale
+from kvmsim.sim.testbed import Testbed
+
 CGROUPS_PER_DIRECTORY = 1000
 BYTES_PER_CGROUP = 4096
+EVENTS_PER_SECOND = 60_000
+PEAK_GIGABYTES = 1.5
+RATE_ERROR = 0.005
+PERIODS = 100
+LIMITS = ((100, 1_000_000), (7, 1_000_000), (3, 1_000), (999, 77_777))  # QUOTA, PERIOD in µs
 
 
 @dataclass(frozen=True)
@@ -27,8 +36,9 @@ class Figure:
     met: bool
 
 
-def idle_memory(scratch: Path, nr_cgroups: int) -> Sequence[Figure]:
+def idle_memory(scratch: Path, quick: bool) -> Sequence[Figure]:
     """Makes empty cgroups and returns what the server grew by for each."""
+    nr_cgroups = 5_000 if quick else 100_000
     with worlds.ours(scratch) as world:
         assert world.nest is not None
         assert world.server is not None
@@ -57,6 +67,78 @@ def _resident_bytes(pid: int) -> int:
     raise worlds.MissingWorldError(f"process {pid} is gone")
 
 
+def scale(_scratch: Path, quick: bool) -> Sequence[Figure]:
+    """Runs many bus locking VMs in virtual time, in a process of its own for its peak memory."""
+    nr_vms, nr_cgroups, seconds = (1_000, 10, 10) if quick else (10_000, 100, 60)
+    with ProcessPoolExecutor(1) as pool:
+        result = pool.submit(run_scale, nr_vms, nr_cgroups, seconds).result()
+    run = (
+        f"{nr_vms:,} VMs with {result.rate:g} bus locks/s each in {nr_cgroups} limited cgroups, "
+        f"{seconds} virtual seconds"
+    )
+    gigabytes = result.peak_rss_bytes / 1e9
+    return (
+        Figure(
+            f"{run}: events per wall second",
+            f"{result.events_per_s:,.0f}",
+            f"at least {EVENTS_PER_SECOND:,}",
+            result.events_per_s >= EVENTS_PER_SECOND,
+        ),
+        Figure(
+            f"{run}: peak memory",
+            f"{gigabytes:.2f} GB",
+            f"under {PEAK_GIGABYTES} GB",
+            gigabytes < PEAK_GIGABYTES,
+        ),
+    )
+
+
+def long_run(_scratch: Path, _quick: bool) -> Sequence[Figure]:
+    """Holds VMs that always want more under several limits for 100 periods of virtual time."""
+    runs = [_count_events(quota, period_us) for quota, period_us in LIMITS]
+    worst = max(
+        abs(run[-1] - run[0] - PERIODS * quota) / (PERIODS * quota)
+        for run, (quota, _period_us) in zip(runs, LIMITS, strict=True)
+    )
+    # By index: the counts are one period apart, and a limit admits QUOTA more in one.
+    excess = max(
+        run[end] - run[start] - quota * (end - start + 1)
+        for run, (quota, _period_us) in zip(runs, LIMITS, strict=True)
+        for start in range(len(run))
+        for end in range(start, len(run))
+    )
+    limits = ", ".join(f"{quota}/{period_us / 1000:g} ms" for quota, period_us in LIMITS)
+    return (
+        Figure(
+            f"rate under a limit over {PERIODS} periods ({limits}): furthest from QUOTA/PERIOD",
+            f"{worst:.3%}",
+            f"at most {RATE_ERROR:.1%}",
+            worst <= RATE_ERROR,
+        ),
+        Figure(
+            "the same: events above QUOTA + time * QUOTA / PERIOD, in the worst interval",
+            f"{max(excess, 0)}",
+            "none",
+            excess <= 0,
+        ),
+    )
+
+
+def _count_events(quota: int, period_us: int) -> list[int]:
+    """Returns how many events were admitted by the end of every period, the first one left out."""
+    bed = Testbed()
+    group = bed.group("limited", f"{quota} {period_us}")
+    for number in range(4):
+        bed.vm(f"vm{number}", f"buslock rate={quota * 1e6 / period_us:g}", group)
+    counts = []
+    for _period in range(PERIODS + 2):
+        bed.run(period_us / 1e6)
+        counts.append(bed.state(group).budget.nr_events)
+    return counts[1:]
+
+
 FIGURES: dict[str, Callable[[Path, bool], Sequence[Figure]]] = {
-    "memory": lambda scratch, quick: idle_memory(scratch, 5_000 if quick else 100_000),
+    "memory": idle_memory,
+    "scale": scale,
+    "rate": long_run,
 }
