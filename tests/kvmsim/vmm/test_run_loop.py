@@ -195,7 +195,7 @@ async def test_other_tasks_run_while_a_long_stretch_is_worked_off(host, mock_clo
 
 
 class SlowMachine(trio.abc.Clock):
-    """A clock that moves by itself while somebody computes: a millisecond per look."""
+    """A clock that moves by itself while somebody computes: ten milliseconds per look."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -204,7 +204,7 @@ class SlowMachine(trio.abc.Clock):
         pass
 
     def current_time(self) -> float:
-        self.now += 0.001
+        self.now += 0.01
         return self.now
 
     def deadline_to_sleep_time(self, deadline: float) -> float:
