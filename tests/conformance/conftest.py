@@ -18,6 +18,7 @@ from conformance.world import CAPACITY, CGFS, LINUX, World, cgroup2_root, fresh
 
 RECORD = os.environ.get("KVMSIM_RECORD_GOLDEN")
 ROWS = range(1, 164)
+PER_WORLD = "expectation per world"
 _golden = Golden(Path(RECORD) if RECORD else GOLDEN / REFERENCE)
 _feeds = []
 
@@ -34,8 +35,14 @@ def differences_of(name):
     return found
 
 
+def need_root():
+    if os.geteuid() != 0:
+        pytest.skip("the tests play several users, which only root can")
+
+
 @pytest.fixture(scope="session")
 def linux_world():
+    need_root()
     root = cgroup2_root()
     if isinstance(root, str):
         pytest.skip(root)
@@ -44,6 +51,7 @@ def linux_world():
 
 @pytest.fixture(scope="session")
 def cgfs_world():
+    need_root()
     if reason := server.missing():
         pytest.skip(reason)
     with server.mounted(f"sev={CAPACITY}") as (root, feed):
@@ -55,8 +63,7 @@ def cgfs_world():
 @pytest.fixture(scope="session")
 def linux_v1():
     """A v1 hierarchy without controllers, gone when its last cgroup and its mount are."""
-    if os.geteuid() != 0:
-        pytest.skip("only root mounts a v1 hierarchy")
+    need_root()
     with server.directory() as directory:
         try:
             options = f"none,name=kvmsimtest{os.getpid()}"
@@ -69,6 +76,7 @@ def linux_v1():
 
 @pytest.fixture(scope="session")
 def cgfs_v1():
+    need_root()
     if reason := server.missing():
         pytest.skip(reason)
     with server.mounted("v1,encryption_ids") as (root, feed):
@@ -163,9 +171,18 @@ def pytest_pyfunc_call(pyfuncitem):
     if observer := pyfuncitem.stash.get(_OBSERVER, None):
         if "[cgfs" in pyfuncitem.name:
             assert not observer.unseen_differences(), "DIFFERENCES has labels no test observes"
+        if observer.own_expectations:
+            pyfuncitem.user_properties.append((PER_WORLD, True))
         if observer.differing:
-            pytest.xfail("; ".join(f"{what}: {why}" for what, why in observer.differing.items()))
+            pytest.xfail(by_reason(observer.differing))
     return result
+
+
+def by_reason(differing):
+    labels = {}
+    for label, reason in differing.items():
+        labels.setdefault(reason, []).append(label)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in labels.items())
 
 
 def pytest_sessionfinish():
@@ -179,24 +196,33 @@ def pytest_terminal_summary(terminalreporter):
         for report in terminalreporter.stats.get(outcome, []):
             for row in rows_of(report.nodeid.rpartition("::")[2]):
                 if "[cgfs" in report.nodeid:
-                    outcomes.setdefault(row, {}).setdefault(outcome, report)
-    if not outcomes:
-        return
-    agree = [row for row, seen in outcomes.items() if set(seen) == {"passed"}]
-    differ = sorted(row for row, seen in outcomes.items() if "xfailed" in seen)
-    if missing := len(set(ROWS) - set(outcomes)):
-        skipped_title = f", {missing} did not run"
-    else:
-        skipped_title = ""
-    terminalreporter.section("two worlds")
-    terminalreporter.write_line(
-        f"conformance: {len(agree)} rows agree, {len(differ)} differ{skipped_title}"
-    )
-    for row in differ:
-        terminalreporter.write_line(f"  row {row}: {outcomes[row]['xfailed'].wasxfail}")
-    for title, rows in (
-        ("failed", [row for row, seen in outcomes.items() if {"failed", "error"} & set(seen)]),
-        ("skipped", [row for row, seen in outcomes.items() if set(seen) == {"skipped"}]),
-    ):
-        if rows:
-            terminalreporter.write_line(f"  rows {title}: {', '.join(map(str, sorted(rows)))}")
+                    outcomes.setdefault(row, {}).setdefault(outcome, []).append(report)
+    if outcomes:
+        terminalreporter.section("two worlds")
+        for line in summary(outcomes):
+            terminalreporter.write_line(line)
+
+
+def summary(outcomes):
+    """Lines that say which rows agree; `outcomes` is row -> outcome -> reports."""
+    rows = {
+        "agree": [row for row, seen in outcomes.items() if set(seen) == {"passed"}],
+        "differ": [row for row, seen in outcomes.items() if "xfailed" in seen],
+        "fail": [row for row, seen in outcomes.items() if {"failed", "error"} & set(seen)],
+        "did not run": set(ROWS)
+        - {row for row, seen in outcomes.items() if set(seen) - {"skipped"}},
+    }
+    yield "conformance: " + ", ".join(f"{len(them)} rows {what}" for what, them in rows.items())
+    analog = [
+        row for row in rows["agree"] if any(r.user_properties for r in outcomes[row]["passed"])
+    ]
+    if analog:
+        yield f"  stated for each world, as hugetlb is not misc: {listed(analog)}"
+    for row in sorted(rows["differ"]):
+        yield f"  row {row}: {outcomes[row]['xfailed'][0].wasxfail}"
+    if rows["fail"]:
+        yield f"  rows that fail: {listed(rows['fail'])}"
+
+
+def listed(rows):
+    return ", ".join(map(str, sorted(rows)))

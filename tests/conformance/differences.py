@@ -6,14 +6,17 @@ observation: the rest of the row still has to agree. The label "*" stands for th
 
 EXACT_SIZE = "limits are cached pages, which need their exact size; Linux shows 0"
 NOT_ASKED = "the kernel does not ask a FUSE server"
+PRIVATE_MAPPING = "a private mapping is made without asking a FUSE server"
+NO_PAGES = "sendfile and splice go through the page cache, where a live file has size 0"
+FUSE_HANDLE = "file handles are the FUSE module's"
 NO_CGROUP = "membership of a mounted tree is not the kernel's"
 NO_CLONE = "clone3 takes directories of a real cgroup2 only"
 
 DIFFERENCES: dict[int | str, dict[str, str]] = {
     31: {"size": EXACT_SIZE},
     34: {
-        "mmap private": "a private mapping is made without asking a FUSE server",
-        "mmap private of a descriptor for reading": "likewise",
+        "mmap private": PRIVATE_MAPPING,
+        "mmap private of a descriptor for reading": PRIVATE_MAPPING,
     },
     35: {"FIONREAD": EXACT_SIZE},
     37: {
@@ -23,10 +26,10 @@ DIFFERENCES: dict[int | str, dict[str, str]] = {
         "SET 2^40": "a FUSE file may be longer than 2^31-1 bytes",
     },
     38: {
-        "sendfile of a live file": "reads through the page cache, where the size is 0",
-        "sent of a live file": "likewise",
-        "splice out of a live file": "likewise",
-        "spliced of a live file": "likewise",
+        "sendfile of a live file": NO_PAGES,
+        "sent of a live file": NO_PAGES,
+        "splice out of a live file": NO_PAGES,
+        "spliced of a live file": NO_PAGES,
     },
     39: {"copied": EXACT_SIZE, "target": EXACT_SIZE},
     68: {"*": "no pressure files, as on a kernel without PSI"},
@@ -40,8 +43,8 @@ DIFFERENCES: dict[int | str, dict[str, str]] = {
     138: {"lseek": NOT_ASKED},
     "test_c5_stat_of_files_and_directories": {"size of a file": EXACT_SIZE},
     "test_c5_the_directory_inode_is_the_handle": {
-        "type": "file handles are the FUSE module's",
-        "id": "likewise",
+        "type": FUSE_HANDLE,
+        "id": FUSE_HANDLE,
     },
     "test_c1_statfs_shows_the_magic": {"magic": "the magic is the FUSE module's"},
     "test_c6_a_descriptor_passed_on_moves_the_writer": {

@@ -78,6 +78,7 @@ class Observer:
         self._differences = differences
         self.values: dict[str, Any] = {}
         self.differing: dict[str, str] = {}
+        self.own_expectations = False
 
     def __call__(self, label: str, got: Any, expected: Any = UNSTATED) -> None:
         """Compares one answer; `label` is unique in its test."""
@@ -95,6 +96,7 @@ class Observer:
         if expected is NOTED:
             return None
         if isinstance(expected, PerWorld):
+            self.own_expectations = True
             wanted = getattr(expected, self._kind)
             return None if got == wanted else f"got {got!r}, expected {wanted!r} in this world"
         if expected is not UNSTATED and got != expected:
