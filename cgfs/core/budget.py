@@ -410,7 +410,11 @@ class BudgetTree(Generic[OwnerT]):
         They are told when the tree is in order again: what they do may lead back here.
         """
         admitted: list[Waiter] = []
-        while (budget := self._choose(now_ns)) is not None:
+        root = self.root
+        while root.eligible or (root.later and root.later[0][0] <= now_ns):
+            budget = self._choose(now_ns)
+            if budget is None:
+                break
             admitted.append(self._admit_first(budget, now_ns))
         self._look_ahead()
         for waiter in admitted:
