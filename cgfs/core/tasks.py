@@ -258,6 +258,16 @@ class TaskTable:
         if tid == tgid and not self.processes.threads(tgid):
             self.exit(task, now_ns)
 
+    def stopped(self, tgid: int) -> None:
+        """A frozen process that still ran when somebody asked stands still at last."""
+        task = self._tasks.get(tgid)
+        if task is None:
+            return
+        places = {*task.places.values(), *(c for own in task.strays.values() for c in own.values())}
+        frozen = {a: None for cgrp in places for a in cgrp.ancestors() if a.e_freeze}
+        for cgrp in frozen:
+            cgrp.notify("cgroup.events")
+
     def exit(self, task: Task, now_ns: int) -> None:
         """A process ends: it leaves every cgroup."""
         for tid, places in list(task.strays.items()):

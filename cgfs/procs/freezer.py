@@ -23,7 +23,7 @@ from collections.abc import Callable
 from cgfs.procs import proc
 from cgfs.procs.pidfds import Pidfds
 
-SETTLE_S = 0.03
+SETTLE_S = 0.1
 SETTLE_STEP_S = 0.0002
 
 
@@ -44,14 +44,18 @@ class _Frozen:
         was_stopped: it was stopped before, so a thaw must not continue it.
         settled_by: monotonic seconds after which nobody waits for it any more.
         ending: it got SIGCONT to die of a waiting signal.
+        repeated: it got more than one SIGSTOP of ours; the second may wait beside the first.
+        late: somebody was told that it does not stand still yet.
     """
 
-    __slots__ = ("ending", "settled_by", "was_stopped")
+    __slots__ = ("ending", "late", "repeated", "settled_by", "was_stopped")
 
     def __init__(self, was_stopped: bool, settled_by: float) -> None:
         self.was_stopped = was_stopped
         self.settled_by = settled_by
         self.ending = False
+        self.repeated = False
+        self.late = False
 
 
 class Freezer:
@@ -79,11 +83,8 @@ class Freezer:
         frozen = self._frozen.pop(tgid, None)
         if frozen is None or frozen.was_stopped:
             return
-        status = proc.read_status(tgid)
-        # A SIGSTOP that waits beside a stop in effect is somebody else's: ours is in effect.
-        if status is not None and status.pending & _bits(signal.SIGSTOP) and _stopped(tgid):
-            return
-        self._pidfds.send(tgid, signal.SIGCONT)
+        if frozen.repeated or not _stopped_again(tgid):
+            self._pidfds.send(tgid, signal.SIGCONT)
 
     def thaw_all(self) -> None:
         """Let all frozen processes go on."""
@@ -103,10 +104,17 @@ class Freezer:
             time.sleep(SETTLE_STEP_S)
             if _still(tgid):
                 return True
+        if frozen is not None:
+            frozen.late = True
         return False
 
-    def enforce(self) -> None:
-        """Stop what somebody continued; let end what a waiting signal should have ended."""
+    def enforce(self) -> list[int]:
+        """Stop what somebody continued; let end what a waiting signal should have ended.
+
+        Returns:
+            processes that stand still now, of which `is_frozen` had to say that they do not.
+        """
+        stopped = []
         for tgid, frozen in list(self._frozen.items()):
             status = proc.read_status(tgid)
             if status is None:
@@ -115,10 +123,19 @@ class Freezer:
                 # Woken, it takes the signal before it gets back to its own code.
                 frozen.ending = True
                 self._pidfds.send(tgid, signal.SIGCONT)
-            elif not _still(tgid) and self._monotonic() >= frozen.settled_by:
-                frozen.was_stopped = frozen.ending = False
-                frozen.settled_by = self._monotonic() + SETTLE_S
-                self._pidfds.send(tgid, signal.SIGSTOP)
+            elif not _still(tgid):
+                self._stop_again(tgid, frozen)
+            elif frozen.late:
+                frozen.late = False
+                stopped.append(tgid)
+        return stopped
+
+    def _stop_again(self, tgid: int, frozen: _Frozen) -> None:
+        if self._monotonic() >= frozen.settled_by:
+            frozen.was_stopped = frozen.ending = False
+            frozen.repeated = True
+            frozen.settled_by = self._monotonic() + SETTLE_S
+            self._pidfds.send(tgid, signal.SIGSTOP)
 
 
 def _exempt(tgid: int) -> bool:
@@ -133,6 +150,12 @@ def _stopped(tgid: int) -> bool:
     """Whether every live thread of a process is stopped by job control."""
     states = proc.thread_states(tgid)
     return bool(states) and all(letter == "T" for letter in states.values())
+
+
+def _stopped_again(tgid: int) -> bool:
+    """Whether a SIGSTOP waits beside the one in effect: somebody else's, as ours has worked."""
+    status = proc.read_status(tgid)
+    return status is not None and bool(status.pending & _bits(signal.SIGSTOP)) and _stopped(tgid)
 
 
 def _still(tgid: int) -> bool:

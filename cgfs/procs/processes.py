@@ -33,6 +33,10 @@ class Members(Protocol):
         """A watched process has made a task; calls `watch` if that is to be watched too."""
         ...
 
+    def stopped(self, tgid: int) -> None:
+        """A frozen process that still ran when somebody asked stands still at last."""
+        ...
+
     def threads_apart(self) -> list[tuple[int, int]]:
         """(tid, tgid) of threads whose own exit matters."""
         ...
@@ -194,7 +198,9 @@ class RealProcesses:
 
     def enforce_frozen(self) -> None:
         """Stop frozen processes that were continued, let end those that a signal should end."""
-        self._freezer.enforce()
+        for tgid in self._freezer.enforce():
+            if self.members is not None:
+                self.members.stopped(tgid)
 
     def _listen(self, *, wanted: bool) -> None:
         """Follow forks only while somebody is watched: it costs the whole machine a little."""

@@ -138,3 +138,31 @@ def test_kill_tells_the_owner_of_an_emulated_process(nested, roots, owner):
     roots.spawn(roots.v2.find("/d"), owner)
     nested.echo("1", "/d/cgroup.kill")
     assert owner.heard == ["killed"]
+
+
+def test_process_that_stops_late_generates_an_event_where_it_is_frozen(
+    nested, roots, processes, recorder
+):
+    nested.echo(f"{processes.start(100)}", "/d/c/cgroup.procs")
+    nested.echo("1", "/d/c/cgroup.freeze")
+    before = len(recorder.heard)
+    roots.tasks.stopped(100)
+    roots.tasks.stopped(999)
+    assert recorder.heard[before:] == [("modified", "/d/c", "cgroup.events")]
+
+
+def test_child_forked_before_the_parent_stopped_is_waited_for(nested, roots, processes):
+    nested.echo(f"{processes.start(100)}", "/d/c/cgroup.procs")
+    nested.echo("1", "/d/cgroup.freeze")
+    asked = []
+
+    def is_frozen(pid):
+        if not asked:
+            processes.start(101)
+            roots.tasks.forked(100, 100, 101, 101, 0)
+        asked.append(pid)
+        return pid == 100
+
+    processes.is_frozen = is_frozen
+    assert nested.cat("/d/cgroup.events") == "populated 1\nfrozen 0\n"
+    assert asked == [100, 101]

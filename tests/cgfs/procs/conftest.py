@@ -58,6 +58,7 @@ class Recorder:
         self.processes = None
         self.forks = []
         self.exits = []
+        self.stops = []
         self.left = {}
 
     def forked(self, parent_tid, parent_tgid, child_tid, child_tgid, now_ns):
@@ -68,6 +69,9 @@ class Recorder:
     def exited(self, tid, tgid, now_ns):
         self.exits.append((tid, tgid))
         self.left[tgid] = self.processes.threads(tgid)
+
+    def stopped(self, tgid):
+        self.stops.append(tgid)
 
     def threads_apart(self):
         return []

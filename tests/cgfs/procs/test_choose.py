@@ -55,6 +55,6 @@ def test_source_finds_a_child_whoever_we_are(start, uid):
         "source = best_source()\n"
         "source.start()\n"
         "pid = os.fork() or os._exit(0)\n"
-        "print(pid in [news.child_tgid for news in source.read({os.getpid(): 0})])\n"
+        "print(pid in [news[-1] for news in source.read({os.getpid(): 0})])\n"
     )
     assert child.said == "True"

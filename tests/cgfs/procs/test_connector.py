@@ -88,7 +88,9 @@ def test_children_older_than_the_last_read_are_not_found_again(connector, start)
     connector.close()
     small = ProcConnector(receive_buffer_bytes=4096)
     try:
-        child = start.sh("sleep 60 & echo; read line; for i in 1 2 3 4 5 6; do :& done; echo; wait")
+        child = start.sh(
+            "sleep 60 & echo; read line; for i in 1 2 3 4 5 6; do sleep 60 & done; echo; wait"
+        )
         child.stdout.readline()
         older = _children(child.pid)
         _next_tick()

@@ -238,11 +238,11 @@ def test_kill_reaches_children_forked_meanwhile(connected, recorder, start, even
     assert not [pid for pid in recorder.children if pid in connected.tgids()]
 
 
-def test_frozen_process_of_a_closed_host_goes_on(connected, start):
+def test_frozen_process_of_a_closed_host_goes_on(connected, start, eventually):
     child = start.sh("read line")
     connected.watch(child.pid)
     connected.freeze(child.pid)
-    assert connected.is_frozen(child.pid)
+    eventually(lambda: connected.is_frozen(child.pid))
     connected.close()
     child.communicate("\n", timeout=5)
     assert child.returncode == 0

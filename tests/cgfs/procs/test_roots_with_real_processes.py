@@ -96,6 +96,12 @@ def waiter(start):
     return lambda: start.sh("read line")
 
 
+@pytest.fixture
+def frozen(host, eventually):
+    """Waits until a cgroup with processes is frozen; on an idle machine the first look sees it."""
+    return lambda path: eventually(lambda: host.events(path) == "populated 1\nfrozen 1\n")
+
+
 def refused(host, path, file, text, caller=ROOT):
     with pytest.raises(CgroupError) as caught:
         host.write(path, file, text, caller)
@@ -284,47 +290,47 @@ async def test_populated_goes_to_zero_soon_after_the_last_exit(host, waiter, nur
 # -- freeze and kill --------------------------------------------------------------------------
 
 
-def test_frozen_cgroup_shows_it_at_once(host, waiter):
+def test_frozen_cgroup_shows_it_at_once(host, waiter, frozen):
     children = [waiter() for _ in range(10)]
     for child in children:
         host.write("/d", "cgroup.procs", child.pid)
     host.write("/d", "cgroup.freeze", "1")
-    assert host.events("/d") == "populated 1\nfrozen 1\n"
+    frozen("/d")
     assert {state(child) for child in children} == {"T"}
     host.write("/d", "cgroup.freeze", "0")
     assert host.events("/d") == "populated 1\nfrozen 0\n"
     assert "T" not in {state(child) for child in children}
 
 
-def test_process_moved_into_a_frozen_cgroup_stops_and_out_of_it_goes_on(host, waiter):
+def test_process_moved_into_a_frozen_cgroup_stops_and_out_of_it_goes_on(host, waiter, frozen):
     host.mkdir("/e")
     host.write("/d", "cgroup.freeze", "1")
     child = waiter()
     host.write("/d", "cgroup.procs", child.pid)
-    assert host.events("/d") == "populated 1\nfrozen 1\n"
+    frozen("/d")
     host.write("/e", "cgroup.procs", child.pid)
     assert state(child) != "T"
     assert host.events("/d") == "populated 0\nfrozen 1\n"
 
 
-def test_frozen_process_moved_to_the_root_goes_on(host, waiter):
+def test_frozen_process_moved_to_the_root_goes_on(host, waiter, frozen):
     host.write("/d", "cgroup.freeze", "1")
     child = waiter()
     host.write("/d", "cgroup.procs", child.pid)
-    assert host.events("/d") == "populated 1\nfrozen 1\n"
+    frozen("/d")
     host.write("/", "cgroup.procs", child.pid)
     assert state(child) != "T"
 
 
-def test_frozen_to_frozen_stays_stopped(host, waiter):
+def test_frozen_to_frozen_stays_stopped(host, waiter, frozen):
     host.mkdir("/e")
     for path in ("/d", "/e"):
         host.write(path, "cgroup.freeze", "1")
     child = waiter()
     host.write("/d", "cgroup.procs", child.pid)
-    assert host.events("/d") == "populated 1\nfrozen 1\n"
+    frozen("/d")
     host.write("/e", "cgroup.procs", child.pid)
-    assert host.events("/e") == "populated 1\nfrozen 1\n"
+    frozen("/e")
     assert state(child) == "T"
     host.write("/e", "cgroup.freeze", "0")
     assert state(child) != "T"
@@ -344,13 +350,13 @@ def test_child_forked_in_a_frozen_cgroup_is_stopped(connected_host, start, event
     eventually(lambda: connected_host.events("/d") == "populated 0\nfrozen 1\n")
 
 
-def test_process_stopped_before_is_still_stopped_after_thaw(host, waiter, eventually):
+def test_process_stopped_before_is_still_stopped_after_thaw(host, waiter, eventually, frozen):
     child = waiter()
     child.send_signal(signal.SIGSTOP)
     eventually(lambda: state(child) == "T")
     host.write("/d", "cgroup.procs", child.pid)
     host.write("/d", "cgroup.freeze", "1")
-    assert host.events("/d") == "populated 1\nfrozen 1\n"
+    frozen("/d")
     host.write("/d", "cgroup.freeze", "0")
     assert state(child) == "T"
 
@@ -379,12 +385,12 @@ def test_kill_ends_a_fork_bomb(connected_host, start, eventually):
     connected_host.rmdir("/d")
 
 
-async def test_sigterm_to_a_frozen_process_ends_it(host, waiter, nursery):
+async def test_sigterm_to_a_frozen_process_ends_it(host, waiter, nursery, frozen):
     await nursery.start(watch.run, host.processes)
     child = waiter()
     host.write("/d", "cgroup.procs", child.pid)
     host.write("/d", "cgroup.freeze", "1")
-    assert host.events("/d") == "populated 1\nfrozen 1\n"
+    frozen("/d")
     child.terminate()
     with trio.fail_after(5):
         while host.procs("/d"):  # noqa: ASYNC110  the kernel sets no event

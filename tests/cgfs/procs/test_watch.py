@@ -42,21 +42,21 @@ async def test_process_that_died_before_the_watch_is_told(running, recorder, sta
     await poll(lambda: recorder.exits)
 
 
-async def test_frozen_process_that_is_continued_stops_again(running, start):
+async def test_frozen_process_that_is_continued_stops_again(running, start, eventually):
     child = start.sh("read line")
     running.watch(child.pid)
     running.freeze(child.pid)
-    assert running.is_frozen(child.pid)
+    eventually(lambda: running.is_frozen(child.pid))
     child.send_signal(signal.SIGCONT)
     await trio.sleep(watch.ENFORCE_EVERY_S)
     await poll(lambda: running.is_frozen(child.pid))
 
 
-async def test_sigterm_to_a_frozen_process_ends_it(running, recorder, start):
+async def test_sigterm_to_a_frozen_process_ends_it(running, recorder, start, eventually):
     child = start.sh("read line")
     running.watch(child.pid)
     running.freeze(child.pid)
-    assert running.is_frozen(child.pid)
+    eventually(lambda: running.is_frozen(child.pid))
     child.terminate()
     await poll(lambda: recorder.exits)
     assert child.wait() == -signal.SIGTERM
