@@ -16,7 +16,8 @@ from cgfs.core.roots import Roots
 from cgfs.errors import CgroupError
 from cgfs.fuse.mount import Mount, serve
 from cgfs.procs import watch
-from cgfs.procs.choose import open_processes
+from cgfs.procs.choose import best_source
+from cgfs.procs.record import RecordedProcesses
 from cgfs.procs.release_agent import ReleaseAgent
 from cgfs.views.tree import Tree
 
@@ -70,7 +71,7 @@ def hierarchy_root(roots: Roots, options: MountOptions) -> Cgroup:
 async def _serve(
     roots: Roots, top: Cgroup, options: MountOptions, source: str, launched: Launch
 ) -> None:
-    processes = open_processes(roots.tasks, time.time_ns)
+    processes = RecordedProcesses(best_source(), time.time_ns, roots.tasks, launched.frozen)
     agent = ReleaseAgent()
     roots.use_processes(processes)
     roots.release = agent.submit

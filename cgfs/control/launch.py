@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cgfs.control.daemon import Readiness, start
+from cgfs.control.frozen import thaw_recorded
 from cgfs.control.place import Place, check_device, prepare
 from cgfs.control.runtime_dir import Entry, RuntimeDir, start_time
 
@@ -38,6 +39,11 @@ class Launch:
     def socket(self) -> Path:
         """Where to listen."""
         return self.runtime.socket(self.directory)
+
+    @property
+    def frozen(self) -> Path:
+        """Where to record which real processes are stopped."""
+        return self.runtime.frozen(self.directory)
 
     def ready(self) -> None:
         """Registers the server and lets the command return."""
@@ -82,6 +88,7 @@ def launch(
         lock.enter_context(runtime.locked())
         place = prepare(directory, DOWN[kind], nonempty=nonempty)
         # What a server that died has left, with its mount cleared by somebody else.
+        thaw_recorded(runtime.frozen(place.directory), os.geteuid())
         runtime.remove(place.directory)
         if foreground:
             readiness = Readiness(when_ready=lock.close)

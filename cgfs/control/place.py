@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cgfs.control.errors import CommandError, from_oserror
+from cgfs.control.frozen import thaw_recorded
 from cgfs.control.mountpoints import Mount, User, is_dead, mount_at, resolve, unmount, users_below
 from cgfs.control.runtime_dir import Entry, RuntimeDir, find_entry
 
@@ -149,15 +150,18 @@ def clear(directory: Path, kind: str) -> Cleared:
     was_alive = found is not None and _stop(found[1])
     _unmount_all(resolved, kind)
     if found is not None:
-        _forget(*found)
+        forget(*found)
     return Cleared(resolved, was_alive, users)
 
 
-def _forget(runtime: RuntimeDir, entry: Entry) -> None:
-    runtime.remove(Path(entry.directory))
+def forget(runtime: RuntimeDir, entry: Entry) -> None:
+    """Takes away what an ended server has left, apart from its mount."""
+    directory = Path(entry.directory)
+    thaw_recorded(runtime.frozen(directory), entry.uid)
+    runtime.remove(directory)
     if entry.created:
         with contextlib.suppress(OSError):
-            Path(entry.directory).rmdir()
+            directory.rmdir()
 
 
 def _others(users: list[User], server: int) -> list[User]:

@@ -120,6 +120,10 @@ class RuntimeDir:
         """The log of the process behind a directory."""
         return self._file(directory, ".log")
 
+    def frozen(self, directory: Path) -> Path:
+        """The record of real processes that the server has stopped."""
+        return self._file(directory, ".frozen")
+
     def read(self, directory: Path) -> Entry | None:
         """The entry of a directory (a resolved path), stale or not."""
         return _read(self._file(directory, ".json"))
@@ -137,8 +141,8 @@ class RuntimeDir:
         new.replace(path)
 
     def remove(self, directory: Path) -> None:
-        """Forgets a mount: entry, socket and log."""
-        for suffix in (".json", ".sock", ".log", ".new"):
+        """Forgets a mount: everything that is kept for it."""
+        for suffix in (".json", ".sock", ".log", ".frozen", ".new"):
             self._file(directory, suffix).unlink(missing_ok=True)
 
     @contextmanager

@@ -14,7 +14,8 @@ from cgfs.control import serving
 from cgfs.control.server import Server, owner_and_root
 from cgfs.fuse import mount as fuse
 from cgfs.procs import watch
-from cgfs.procs.choose import open_processes
+from cgfs.procs.choose import best_source
+from cgfs.procs.record import RecordedProcesses
 from cgfs.procs.release_agent import ReleaseAgent
 from kvmsim.builder.host import Host
 from kvmsim.control.explain import explain
@@ -62,7 +63,7 @@ async def _serve(options: HostOptions, launched: Launch) -> None:
         options.preset, options.name, options.controllers, options.seed, epoch_ns=time.time_ns()
     )
     host.place = launched
-    processes = open_processes(host.roots.tasks, host.now_ns)
+    processes = RecordedProcesses(best_source(), host.now_ns, host.roots.tasks, launched.frozen)
     host.process_tracking = processes.describe()
     agent = ReleaseAgent()
     host.roots.use_processes(processes)

@@ -6,8 +6,12 @@ import select
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+
+from cgfs.control.mountpoints import mount_at
 
 
 def refused(done, exit_code, *words):
@@ -110,6 +114,42 @@ def test_down_clears_after_kill_9_while_a_vm_runs_and_a_shell_is_inside(shell, h
     inside.wait()
     assert cleared.returncode == 0
     assert shell.leftovers() == []
+
+
+def state_of(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.fixture
+def frozen(host):
+    """A real process in a frozen cgroup."""
+    cgroup = host / "sys/fs/cgroup/cold"
+    cgroup.mkdir()
+    sleeper = subprocess.Popen(["sleep", "60"])
+    (cgroup / "cgroup.procs").write_text(str(sleeper.pid))
+    (cgroup / "cgroup.freeze").write_text("1")
+    assert (cgroup / "cgroup.events").read_text() == "populated 1\nfrozen 1\n"
+    assert state_of(sleeper.pid) == "T"
+    yield sleeper
+    sleeper.kill()
+    sleeper.wait()
+
+
+def test_frozen_process_goes_on_when_the_host_is_taken_down(shell, host, frozen):
+    assert shell.kvmsim("down", host).returncode == 0
+    assert state_of(frozen.pid) == "S"
+
+
+@pytest.mark.parametrize("command", ["down", "up"])
+def test_frozen_process_of_a_killed_host_goes_on(shell, host, frozen, command):
+    descriptor = os.pidfd_open(shell.server())
+    os.kill(shell.server(), signal.SIGKILL)
+    assert ended(descriptor)
+    while mount_at(host) is not None:  # fusermount3 sees to that
+        time.sleep(0.01)
+    assert state_of(frozen.pid) == "T"
+    assert shell.kvmsim(command, host).returncode == 0
+    assert state_of(frozen.pid) == "S"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
