@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 GRANULARITY_NS = 1_000_000
 """Pause between two looks at the timeline."""
 
-MAX_STEPS = 5_000
+MAX_STEPS = 2_000
 """Steps between two chances for other tasks to run: some ten milliseconds."""
 
 MAX_LAG_NS = 100_000_000

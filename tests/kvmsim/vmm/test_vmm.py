@@ -163,6 +163,33 @@ def test_killed_cgroup_ends_the_vm(host):
     assert host.timeline.next_due_ns() is None
 
 
+def test_frozen_vm_still_owes_the_bus_lock_it_was_waiting_for(host):
+    host.mkdir("/t", "1 1000000")
+    vmm = host.vm([BusLock(10)] * 3, cgroup="/t")
+    vmm.start(0)
+    host.timeline.advance(100)
+
+    host.write("/t", "cgroup.freeze", "1")
+    host.timeline.advance(5 * S)
+    frozen = (vmm.threads[0].vcpu.owed, vmm.statistics().nr_bus_locks)
+    host.write("/t", "cgroup.freeze", "0")
+    host.timeline.advance(5 * S + 10)
+
+    assert frozen == (True, 2)
+    assert vmm.statistics().nr_bus_locks == 3
+    assert "nr_cancelled 0\n" in host.read("/t", "bus_lock.stat")
+
+
+def test_killed_vm_drops_the_bus_lock_it_was_waiting_for(host):
+    host.mkdir("/t", "1 1000000")
+    host.vm([BusLock(10)] * 3, cgroup="/t").start(0)
+    host.timeline.advance(100)
+
+    host.write("/t", "cgroup.kill", "1")
+
+    assert "nr_cancelled 1\n" in host.read("/t", "bus_lock.stat")
+
+
 def test_moved_vm_waits_in_its_new_cgroup(host):
     host.mkdir("/slow", "1 1000000")
     host.mkdir("/fast")
