@@ -17,7 +17,7 @@ then whoever was scheduled first.
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ NEVER = 1 << 200
 
 BUS_LOCK_CYCLES = 7_000
 """What a bus lock costs, if a machine does not say (Linux Documentation/arch/x86/buslock.rst)."""
+
+_MAX_DROPPED = 1_000
+"""Void entries that are not worth clearing away."""
 
 
 def stall_ns(tsc_khz: int, cycles: int = BUS_LOCK_CYCLES) -> int:
@@ -90,6 +93,7 @@ class Timeline:
         "_frozen_at",
         "_limiter",
         "_limiter_ns",
+        "_nr_dropped",
         "_running",
         "_sleeping",
         "_tickets",
@@ -116,6 +120,7 @@ class Timeline:
         self._running: list[tuple[int, int, Scheduled]] = []
         self._sleeping: list[tuple[int, int, Scheduled]] = []
         self._tickets = 0
+        self._nr_dropped = 0
         self._advancing = False
         self._limiter = limiter
         self._limiter_ns = NEVER
@@ -148,8 +153,16 @@ class Timeline:
             self._announce(due_ns)
 
     def drop(self, who: Scheduled) -> None:
-        """Take somebody off the timeline."""
+        """Take somebody off the timeline. The entry stays in its heap until it comes up."""
+        if not who.ticket:
+            return
         who.ticket = 0
+        self._nr_dropped += 1
+        if self._nr_dropped > _MAX_DROPPED + (len(self._running) + len(self._sleeping)) // 2:
+            self._nr_dropped = 0
+            for heap in (self._running, self._sleeping):
+                heap[:] = [entry for entry in heap if entry[2].ticket == entry[1]]
+                heapify(heap)
 
     def bus_lock(self, _by: object, now_ns: int) -> None:
         """A bus lock is taken: every CPU stalls, one lock after the other."""

@@ -112,6 +112,19 @@ def test_dropped_item_does_not_happen_and_moves_no_time(timeline, log):
     assert log == []
 
 
+def test_dropped_items_do_not_pile_up(timeline, log):
+    kept = Item("kept", log)
+    timeline.run_for(kept, 50)
+    for _ in range(10_000):
+        item = Item("gone", log)
+        timeline.run_for(item, 10)
+        timeline.drop(item)
+
+    assert len(timeline._running) < 2_000
+    timeline.advance(100)
+    assert log == [(50, "kept")]
+
+
 def test_item_has_one_place_the_last_it_took(timeline, log):
     item = Item("a", log)
     timeline.run_for(item, 10)
