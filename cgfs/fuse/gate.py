@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 QUIET_NS = 250_000_000
-GRACE_NS = 5_000_000
+
+# A reader between its open and its close can be kept from running for tens of milliseconds on a
+# busy machine; who is overtaken there can read a torn text.
+GRACE_NS = 100_000_000
 _PURGE_ABOVE = 4096
 _Key = TypeVar("_Key", int, str)
 

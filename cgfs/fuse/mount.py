@@ -20,6 +20,7 @@ from cgfs.fuse.operations import Operations
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
+    from cgfs.fuse.gate import Gate
     from cgfs.views.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ async def serve(
     owner: tuple[int, int] | None = None,
     over: bool = False,
     direct: bool = True,
+    gate: Gate | None = None,
     now_ns: Callable[[], int] = time.time_ns,
     task_status: trio.TaskStatus[Mount] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -105,6 +107,7 @@ async def serve(
         owner: (uid, gid) who plays the model's root; None: whoever mounts.
         over: accept a directory that is a mount point already.
         direct: ask the FUSE device directly between turns of the event loop.
+        gate: with other times than the default ones.
         now_ns: the model's time.
         task_status: started with the `Mount` once it can be used.
 
@@ -119,7 +122,7 @@ async def serve(
         allow_other = os.geteuid() == 0 or fusermount.user_allow_other()
     uid, gid = (os.geteuid(), os.getegid()) if owner is None else owner
     driver = Driver(direct=direct)
-    operations = Operations(tree, driver, owner=Owner(uid, gid), now_ns=now_ns)
+    operations = Operations(tree, driver, owner=Owner(uid, gid), gate=gate, now_ns=now_ns)
     connection = fusermount.connect(path, fusermount.Options(fsname, subtype, allow_other))
     _session_taken = True
     try:

@@ -86,6 +86,7 @@ class Operations:
         tree: what is served.
         driver: the loop that runs the handlers.
         owner: who plays root.
+        gate: decides who may be cached.
         now_ns: the model's time.
     """
 
@@ -99,6 +100,7 @@ class Operations:
         driver: Driver,
         *,
         owner: Owner | None = None,
+        gate: Gate | None = None,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         # The kernel's inode numbers are the tree's; pyfuse3 has them as plain ints.
@@ -109,7 +111,7 @@ class Operations:
         self._inodes = Inodes()
         self._files = OpenFiles()
         self._entries = EntryCache(tree, self._owner)
-        self.gate = Gate(time.monotonic_ns)
+        self.gate = gate or Gate(time.monotonic_ns)
         self.changes = Changes(self._inodes, self._entries, self.gate, self._files)
         tree.listener = cast("Any", self.changes)
         tree.known = self._inodes.known

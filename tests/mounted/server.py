@@ -2,7 +2,8 @@
 
 Usage: server.py DIRECTORY [OPTION...]
 
-Options: ``plain`` waits for every request through trio; ``noisy`` keeps a timer running and
+Options: ``plain`` waits for every request through trio; ``hasty`` lets files be cached 1 ms after
+a change and never gives up waiting for a reader; ``noisy`` keeps a timer running and
 reports how late it was; ``nobody`` serves as an ordinary user (the interpreter may be where only
 root can start it).
 
@@ -35,10 +36,13 @@ from cgfs.controllers import CONTROLLERS
 from cgfs.core.caller import KERNEL
 from cgfs.core.roots import Roots
 from cgfs.errors import CgroupError, MountError
+from cgfs.fuse.gate import Gate
 from cgfs.fuse.mount import mounted
 from cgfs.views.tree import Tree
 
 TICK_S = 0.001
+HASTY_NS = 1_000_000
+PATIENT_NS = 10_000_000_000
 NOBODY = 65534
 
 
@@ -52,14 +56,19 @@ class Server:
             self.roots.controller(name).set_capacity("sev", 1000)
 
     async def run(self, directory, options):
-        async with mounted(self.tree, directory, direct="plain" not in options) as self.mount:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.end_at_signal, nursery.cancel_scope)
-                if "noisy" in options:
-                    nursery.start_soon(self.tick)
-                say({"ready": True})
-                await self.answer()
-                nursery.cancel_scope.cancel()
+        gate = None
+        if "hasty" in options:
+            gate = Gate(time.monotonic_ns, quiet_ns=HASTY_NS, grace_ns=PATIENT_NS)
+        async with (
+            mounted(self.tree, directory, direct="plain" not in options, gate=gate) as self.mount,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(self.end_at_signal, nursery.cancel_scope)
+            if "noisy" in options:
+                nursery.start_soon(self.tick)
+            say({"ready": True})
+            await self.answer()
+            nursery.cancel_scope.cancel()
 
     async def end_at_signal(self, scope):
         with trio.open_signal_receiver(signal.SIGTERM) as signals:

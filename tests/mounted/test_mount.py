@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from cgfs.errors import MountError
 from cgfs.fuse import fusermount
 
 NOBODY = 65534
+MNT_DETACH = 2
 
 
 def wait_until(condition, seconds=10.0):
@@ -24,6 +27,11 @@ def wait_until(condition, seconds=10.0):
             return True
         time.sleep(0.01)
     return False
+
+
+def umount(directory):
+    """Takes away what a test that failed may have left."""
+    ctypes.CDLL(None).umount2(os.fsencode(directory), MNT_DETACH)
 
 
 def is_mounted(directory):
@@ -132,14 +140,15 @@ def test_two_mounts_in_one_process_are_refused(start_cgfs, tmp_path):
 
 
 @pytest.fixture
-def user_directory(tmp_path):
+def user_directory():
     if os.geteuid() != 0:
         pytest.skip("not root, so not able to become another user")
     if shutil.which("fusermount3") is None:
         pytest.skip("fusermount3 is not installed")
-    for parent in [tmp_path, *tmp_path.parents][:3]:
-        parent.chmod(0o755)
-    directory = tmp_path / "user"
+    # Not below tmp_path, which pytest keeps for its own user.
+    above = Path(tempfile.mkdtemp(prefix="cgfs-user-"))
+    above.chmod(0o755)
+    directory = above / "mount"
     directory.mkdir()
     os.chown(directory, NOBODY, NOBODY)
     # As udev makes it; a machine without udev has it for root only.
@@ -147,6 +156,8 @@ def user_directory(tmp_path):
     os.chmod("/dev/fuse", 0o666)
     yield directory
     os.chmod("/dev/fuse", mode)
+    umount(directory)
+    shutil.rmtree(above)
 
 
 def as_nobody(script, *arguments):
