@@ -70,7 +70,6 @@ def complete_io(vcpu: Vcpu, stop: Io) -> None:
         vcpu.io_done += stop.size
         if vcpu.io_done < len(stop.data):
             vcpu.remaining_ns = 0
-            vcpu.lock_done = True
             return
     vcpu.io_done = 0
     retire(vcpu, stop)

@@ -182,7 +182,9 @@ class Vcpu(VcpuFile):
         if self.vm.machine.preset.vendor == "intel":
             self.bus_lock_exit = armed
         self.stop = self.pending = None
-        self.intercepted = self.compare_due = False
+        if self.intercepted:
+            # The lock it was about to take is not coming.
+            self.intercepted = self.compare_due = self.owed = False
 
     def cpuid_changed(self) -> None:
         """The CPUID table was set with effect: Intel computes its controls again (kvm.md A.3)."""

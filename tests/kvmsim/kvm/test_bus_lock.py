@@ -339,3 +339,61 @@ def test_statistics_are_a_snapshot_of_vm_and_vcpu(guest, accounting):
     assert (got.bus_locks, got.throttled_ns, got.owed, got.state) == (2, 40, 0, "plain")
     assert got.vcpus[0].phase == "guest"
     assert vcpu.vm.statistics().owed == 1
+
+
+def test_skipped_instruction_of_fault_like_hardware_owes_nothing(guest, accounting):
+    vcpu = guest([BusLock(insn_len=4), Hlt(after_ns=9)], FAULT)
+    run_to_exit(vcpu)
+    accounting.limited, accounting.tokens = True, 0
+    vcpu.rip += 4
+    assert vcpu.kvm_run(0) == InGuest(9)
+
+
+def test_instruction_executed_after_its_intercept_takes_no_guest_time_again(guest):
+    vcpu = guest([Mmio(after_ns=50, bus_lock=True)], FAULT)
+    assert run_to_exit(vcpu) == 50
+    assert vcpu.kvm_run(60) == InGuest(0)
+
+
+def test_lock_riding_on_another_exit_is_owed_as_well(guest, accounting):
+    accounting.limited, accounting.tokens = True, 0
+    vcpu = guest([Mmio(bus_lock=True)])
+    run_to_exit(vcpu)
+    assert vcpu.kvm_run(0) == Throttled()
+
+
+def test_each_of_two_stops_brings_its_own_lock(guest):
+    vcpu = guest([Mmio(bus_lock=True), Mmio(bus_lock=True)])
+    assert [seen[:2] for seen in exits_of(vcpu, 2)] == [(6, 2), (6, 2)]
+    assert vcpu.bus_locks == 2
+
+
+@pytest.mark.parametrize("stop", [InKernel(bus_lock=True), Mmio(bus_lock=True)])
+def test_riding_lock_of_a_limited_vm_without_the_capability_shows_no_sign(guest, accounting, stop):
+    accounting.limited = True
+    vcpu = guest([stop, Mmio()], exits=False)
+    assert exits_of(vcpu, 1) == [(6, 0, 0xFFF0, 1)]
+    run_to_exit(vcpu)
+    assert accounting.admissions == 1
+
+
+def test_credit_given_in_the_kernel_stays_when_rip_is_moved_during_a_signal(guest, accounting):
+    accounting.limited, accounting.tokens = True, 0
+    vcpu = guest([BusLock(insn_len=4), BusLock(insn_len=4), Hlt()], FAULT, exits=False)
+    vcpu.kvm_run(0)
+    vcpu.resume(0)
+    with pytest.raises(KvmError):
+        vcpu.interrupt(0)
+    vcpu.rip += 4
+    accounting.tokens = 1
+    run_to_exit(vcpu)
+    assert (vcpu.run.exit_reason, vcpu.bus_locks, accounting.admissions) == (5, 1, 1)
+
+
+def test_init_of_an_intercepted_vcpu_drops_its_lock(guest, accounting):
+    vcpu = guest([BusLock(), Hlt(after_ns=3)], FAULT)
+    run_to_exit(vcpu)
+    vcpu.init()
+    accounting.limited, accounting.tokens = True, 0
+    assert vcpu.kvm_run(0) == InGuest(3)
+    assert vcpu.bus_locks == 0

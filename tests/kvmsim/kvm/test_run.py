@@ -76,6 +76,22 @@ def test_string_output_goes_out_one_element_at_a_time(guest):
     assert (vcpu.run.exit_reason, vcpu.rip) == (Exit.HLT, 0xFFF3)
 
 
+def test_second_string_output_starts_at_its_first_element(guest):
+    vcpu = guest([Io(port=1, data=b"ab"), Io(port=1, data=b"cd")])
+    seen = []
+    for _ in range(4):
+        run_to_exit(vcpu)
+        seen.append(vcpu.run.io_data())
+    assert seen == [b"a", b"b", b"c", b"d"]
+
+
+def test_exit_reason_is_0_while_the_guest_runs(guest):
+    vcpu = guest([Shutdown(), Hlt()])
+    run_to_exit(vcpu)
+    vcpu.kvm_run(0)
+    assert vcpu.run.exit_reason == 0
+
+
 def test_lock_of_a_string_output_rides_on_its_first_element_only(guest):
     vcpu = guest([Io(port=1, data=b"ab", bus_lock=True)])
     flags = []
@@ -215,6 +231,21 @@ def test_signal_counts_only_the_guest_time_the_scheduler_says(guest):
     vcpu.kvm_run(1000)
     assert errno_of(vcpu.interrupt, 1500, 40) == EINTR
     assert vcpu.kvm_run(5000) == InGuest(60)
+
+
+def test_signal_after_the_last_moment_leaves_no_time(guest):
+    vcpu = guest([Hlt(after_ns=100)])
+    vcpu.kvm_run(0)
+    assert errno_of(vcpu.interrupt, 300) == EINTR
+    assert vcpu.kvm_run(300) == InGuest(0)
+
+
+def test_init_abandons_pending_io(guest):
+    vcpu = guest([Io(port=1), Shutdown()])
+    run_to_exit(vcpu)
+    vcpu.init()
+    run_to_exit(vcpu)
+    assert (vcpu.run.exit_reason, vcpu.input) == (Exit.SHUTDOWN, b"")
 
 
 def test_hlt_with_in_kernel_apic_waits_in_kvm_until_its_timer(guest):
