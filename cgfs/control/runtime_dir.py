@@ -96,7 +96,7 @@ class RuntimeDir:
                 refusals.append(f"{path}: {getattr(error, 'strerror', None) or error}")
             else:
                 return cls(path)
-        raise CommandError(f"no runtime directory ({'; '.join(refusals)})", os.EX_CANTCREAT)
+        raise CommandError(f"no runtime directory ({'; '.join(refusals)})", os.EX_OSERR)
 
     @classmethod
     def readable(cls) -> list["RuntimeDir"]:

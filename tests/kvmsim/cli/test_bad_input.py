@@ -283,3 +283,18 @@ def test_somebody_else_is_refused_even_with_a_way_to_the_socket(host, shell, ord
     done = ordinary.run(sys.executable, "-c", ASK, way, pass_fds=[reach])
     os.close(reach)
     assert "uid 65534 may not use this socket" in done.stdout, done.stderr
+
+
+def test_of_two_hosts_started_at_once_on_one_directory_one_wins(shell, fuse):
+    command = ["kvmsim", "up", "host", "--preset", "lab-amd"]
+    both = [
+        subprocess.Popen(
+            command, cwd=shell.home, env=shell.environment, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    lines = [one.communicate(timeout=60)[1] for one in both]
+    down = shell.kvmsim("down", "host")
+    assert sorted(one.returncode for one in both) == [0, os.EX_UNAVAILABLE]
+    assert "already mounted" in "".join(lines)
+    assert down.returncode == 0

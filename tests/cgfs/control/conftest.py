@@ -1,0 +1,3 @@
+from sessions.session import fuse, ordinary, shell
+
+__all__ = ["fuse", "ordinary", "shell"]

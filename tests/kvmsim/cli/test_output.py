@@ -1,0 +1,22 @@
+import pytest
+
+from kvmsim.cli.info import duration
+from kvmsim.cli.vm import table
+
+
+@pytest.mark.parametrize(
+    ("ns", "text"),
+    [
+        (0, "0.000 s"),
+        (1_250_999_999, "1.250 s"),
+        (59_999_999_999, "59.999 s"),
+        (245 * 10**9, "4 min 05 s"),
+        (7_380 * 10**9, "2 h 03 min"),
+    ],
+)
+def test_duration_has_two_units_at_most(ns, text):
+    assert duration(ns) == text
+
+
+def test_columns_are_as_wide_as_their_widest_cell():
+    assert table([("A", "LONG"), ("wide", "b")]) == ["A     LONG", "wide  b"]
