@@ -17,16 +17,21 @@ from pathlib import Path
 from cgfs.control.errors import CommandError, from_oserror
 
 MNT_DETACH = 2
+_USER_ID = re.compile(r"(?:^|,)user_id=([0-9]+)")
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of mountinfo: where, which type (``fuse.kvmsim``), from what."""
+    """One line of mountinfo: where, which type (``fuse.kvmsim``), from what, whose.
+
+    ``uid`` is the user who mounted a FUSE file system; 0 for any other.
+    """
 
     directory: Path
     fstype: str
     source: str
+    uid: int = 0
 
 
 def resolve(directory: str | os.PathLike[str]) -> Path:
@@ -47,7 +52,9 @@ def parse_mountinfo(text: str) -> Iterator[Mount]:
     for line in text.splitlines():
         before, _, after = line.partition(" - ")
         fields, tail = before.split(" "), after.split(" ")
-        yield Mount(Path(_plain(fields[4])), tail[0], _plain(tail[1]))
+        owner = _USER_ID.search(tail[2])
+        uid = int(owner[1]) if owner else 0
+        yield Mount(Path(_plain(fields[4])), tail[0], _plain(tail[1]), uid)
 
 
 def mount_at(directory: Path) -> Mount | None:

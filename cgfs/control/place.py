@@ -144,6 +144,8 @@ def clear(directory: Path, kind: str) -> Cleared:
     found = find_entry(resolved)
     mount = mount_at(resolved)
     ours = mount is not None and mount.fstype == f"fuse.{kind}"
+    if mount is not None and ours:
+        check_owner(mount)
     if not ours and (found is None or found[1].kind != kind):
         raise CommandError(f"{resolved}: no {kind} is mounted here")
     users = _others(users_below(resolved), found[1].pid if found else 0) if ours else []
@@ -152,6 +154,20 @@ def clear(directory: Path, kind: str) -> Cleared:
     if found is not None:
         forget(*found)
     return Cleared(resolved, was_alive, users)
+
+
+def check_owner(mount: Mount) -> None:
+    """Refuses the mount of another user, except to root.
+
+    Raises:
+        CommandError: it is somebody else's (EX_NOPERM).
+    """
+    if os.geteuid() not in {0, mount.uid}:
+        raise CommandError(
+            f"{mount.directory}: belongs to the user with uid {mount.uid}",
+            os.EX_NOPERM,
+            errno.EPERM,
+        )
 
 
 def forget(runtime: RuntimeDir, entry: Entry) -> None:

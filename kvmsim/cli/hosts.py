@@ -9,7 +9,8 @@ import click
 
 from cgfs.control.client import Client
 from cgfs.control.errors import CommandError, from_oserror
-from cgfs.control.mountpoints import resolve
+from cgfs.control.mountpoints import mount_at, resolve
+from cgfs.control.place import check_owner
 from cgfs.control.runtime_dir import Entry, RuntimeDir, find_entry
 
 KIND = "kvmsim"
@@ -50,6 +51,9 @@ def _named(host: Path) -> tuple[RuntimeDir, Entry]:
         directory = resolve(host)
     except OSError as error:
         raise from_oserror(error, str(host)) from error
+    mount = mount_at(directory)
+    if mount is not None and mount.fstype == f"fuse.{KIND}":
+        check_owner(mount)
     found = find_entry(directory)
     if found is None or found[1].kind != KIND:
         raise CommandError(f"{directory}: no host runs here")

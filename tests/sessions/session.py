@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ SOURCE = Path(__file__).resolve().parents[2]
 SCRIPT = """#!{python}
 import sys
 import tempfile
+import time
 sys.path.insert(0, {source!r})
 from {program}.cli import main
 main()
@@ -103,6 +105,10 @@ def shell(tmp_path):
     session = Shell(tmp_path / "home", environment)
     yield session
     left = session.leftovers()
+    deadline = time.monotonic() + 5
+    while left and time.monotonic() < deadline:  # fusermount3 notices the end of its server
+        time.sleep(0.02)
+        left = session.leftovers()
     for pid in session.processes():
         os.kill(pid, signal.SIGKILL)
     for name in ("host", "other", "tree"):
@@ -125,7 +131,8 @@ if [ -n "$CLOSED" ]; then
     mount -t tmpfs -o mode=755 none "$CLOSED"
     mkdir -p "$PREFIX"; mount --bind prefix "$PREFIX"; umount prefix; rmdir prefix
 fi
-exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"
+setpriv --reuid=65534 --regid=65534 --clear-groups "$@"
+eval "$THEN"
 """
 
 
@@ -134,6 +141,7 @@ class OrdinaryShell(Shell):
     """A session of a user who is not root, in a directory that this user can reach."""
 
     open_device: bool = True
+    then: str = ""
 
     def run(self, *command, cwd=None, **options):
         """Runs a command as that user."""
@@ -142,6 +150,8 @@ class OrdinaryShell(Shell):
             "OPEN_DEVICE": str(self.home / "fuse") if self.open_device else "",
             "CLOSED": str(closed[-1]) if closed else "",
             "PREFIX": sys.base_prefix,
+            # What root does afterwards, in the same mount namespace.
+            "THEN": self.then,
         }
         plain = Shell(self.home, self.environment | environment)
         become = ("unshare", "-m", "sh", "-c", BECOME_NOBODY, "sh")

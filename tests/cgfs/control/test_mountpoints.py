@@ -5,6 +5,7 @@ import pytest
 
 from cgfs.control.errors import CommandError
 from cgfs.control.mountpoints import (
+    Mount,
     mount_at,
     parse_mountinfo,
     resolve,
@@ -15,16 +16,16 @@ from cgfs.control.mountpoints import (
 MOUNTINFO = r"""
 24 30 0:22 / /proc rw,nosuid - proc proc rw
 41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:3 master:1 - cgroup2 cgroup2 rw
-90 30 0:60 / /home/a\040b\134c rw,nosuid - fuse.kvmsim lab\040amd rw,user_id=0
+90 30 0:60 / /home/a\040b\134c rw,nosuid - fuse.kvmsim lab\040amd rw,user_id=1000,group_id=1000
 """.lstrip()
 
 
-def test_mountinfo_gives_directory_type_and_source():
+def test_mountinfo_gives_directory_type_source_and_user():
     mounts = list(parse_mountinfo(MOUNTINFO))
-    assert [(str(m.directory), m.fstype, m.source) for m in mounts] == [
-        ("/proc", "proc", "proc"),
-        ("/sys/fs/cgroup/unified", "cgroup2", "cgroup2"),
-        ("/home/a b\\c", "fuse.kvmsim", "lab amd"),
+    assert mounts == [
+        Mount(Path("/proc"), "proc", "proc"),
+        Mount(Path("/sys/fs/cgroup/unified"), "cgroup2", "cgroup2"),
+        Mount(Path("/home/a b\\c"), "fuse.kvmsim", "lab amd", 1000),
     ]
 
 

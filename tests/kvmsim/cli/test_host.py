@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from sessions.session import OrdinaryShell
 
 from cgfs.control.mountpoints import mount_at
 
@@ -175,3 +177,28 @@ def test_command_about_a_running_host_loads_neither_trio_nor_fuse(shell, host):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+@pytest.mark.parametrize("command", ["kvmsim down $0", "kvmsim info --host $0"])
+def test_host_of_another_user_is_refused(shell, ordinary, fuse, command):
+    directory = ordinary.home.parent / "theirs"
+    succeeded(shell.kvmsim("up", directory, "--preset", "lab-amd"))
+    done = ordinary.run("sh", "-c", command, directory)
+    succeeded(shell.kvmsim("down", directory))
+    line = f"kvmsim: {directory}: belongs to the user with uid 0\n"
+    assert (done.returncode, done.stderr) == (os.EX_NOPERM, line)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_root_can_use_and_end_the_host_of_a_user(ordinary, fuse):
+    environment = dict(ordinary.environment)
+    del environment["KVMSIM_RUNTIME_DIR"]
+    # Both in one mount namespace: the user starts it, root looks at it and ends it.
+    then = 'kvmsim info --json --host "$HOME/host"; kvmsim down "$HOME/host"'
+    user = OrdinaryShell(ordinary.home, environment, then=then)
+    info = json.loads(succeeded(user.run("kvmsim", "up", "host", "--preset", "lab-amd")))
+    runtime = Path(info["socket"]).parent
+    assert (info["uid"], runtime) == (65534, Path("/tmp/kvmsim-65534"))
+    assert list(runtime.iterdir()) == []
+    runtime.rmdir()
