@@ -424,7 +424,10 @@ class BudgetTree(Generic[OwnerT]):
         """The budget whose queue's head is next at ``now_ns``, going down from the root."""
         node = self.root
         while True:
-            node.collect(now_ns)
+            if node.later:
+                node.collect(now_ns)
+            if not node.eligible and node.queue:
+                return node
             child = node.first()
             if child is node:
                 return node
@@ -437,11 +440,16 @@ class BudgetTree(Generic[OwnerT]):
                 node = node.parent
 
     def _admit_first(self, budget: Budget[OwnerT], now_ns: int) -> Waiter:
+        """Charge the head of the queue that was chosen, and put the budgets above in order."""
         waiter, since_ns = budget.queue.popitem(last=False)
         del self._waiting[waiter]
         waited_ns = now_ns - since_ns
-        self.charge(budget, now_ns)
+        self._served = budget.queue_served = served = self._served + 1
         for node in budget.path:
+            if node.quota:
+                node.pay(now_ns)
+            node.served = served
+            node.nr_events += 1
             node.nr_waiting -= 1
             node.throttled_ns += waited_ns
             if node.parent is not None:
