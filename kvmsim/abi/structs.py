@@ -60,3 +60,36 @@ KVM_DEVICE_ATTR: Final = Layout(
 )
 KVM_X86_GRP_SEV: Final = 1
 KVM_X86_SEV_VMSA_FEATURES: Final = 0
+
+#: Header of the variable-length table; ``entries`` follow at offset 8.
+KVM_MSRS: Final = Layout("kvm_msrs", 8, {"nmsrs": Field(0, "u32"), "pad": Field(4, "u32")})
+KVM_MSR_ENTRY: Final = Layout(
+    "kvm_msr_entry",
+    16,
+    {"index": Field(0, "u32"), "reserved": Field(4, "u32"), "data": Field(8, "u64")},
+)
+MAX_IO_MSRS: Final = 256
+MSR_IA32_DEBUGCTL: Final = 0x1D9
+
+KVM_DEBUGREGS: Final = Layout(
+    "kvm_debugregs",
+    128,
+    {
+        "db": Field(0, "u64", 4),
+        "dr6": Field(32, "u64"),
+        "dr7": Field(40, "u64"),
+        "flags": Field(48, "u64"),
+    },
+)
+
+KVM_GUEST_DEBUG: Final = Layout(
+    "kvm_guest_debug",
+    72,
+    {"control": Field(0, "u32"), "pad": Field(4, "u32"), "arch": Field(8, "u64", 8)},
+)
+KVM_GUESTDBG_ENABLE: Final = 0x1
+KVM_GUESTDBG_SINGLESTEP: Final = 0x2
+KVM_GUESTDBG_USE_SW_BP: Final = 0x10000
+KVM_GUESTDBG_USE_HW_BP: Final = 0x20000
+KVM_GUESTDBG_INJECT_DB: Final = 0x40000
+KVM_GUESTDBG_INJECT_BP: Final = 0x80000

@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.base import BusLock
+from kvmsim.kvm import debug
 
 if TYPE_CHECKING:
     from kvmsim.kvm.vcpu import Vcpu
@@ -31,7 +32,7 @@ def taken(vcpu: Vcpu, stop: BusLock, now_ns: int) -> bool:
     """The guest stopped at a bus lock and for no other reason; whether that is an exit."""
     if vcpu.fault_like and intercepts(vcpu):
         return intercept(vcpu)
-    perform(vcpu, now_ns)
+    perform(vcpu, stop.cpl, now_ns)
     vcpu.rip += stop.insn_len
     vcpu.stop = None
     if vcpu.fault_like:
@@ -43,12 +44,12 @@ def taken(vcpu: Vcpu, stop: BusLock, now_ns: int) -> bool:
     return False
 
 
-def ride(vcpu: Vcpu, now_ns: int) -> bool:
+def ride(vcpu: Vcpu, cpl: int, now_ns: int) -> bool:
     """The instruction of another stop took a bus lock; whether the processor reported it.
 
     On fault-like hardware the intercept came first, and the lock itself passes unseen.
     """
-    perform(vcpu, now_ns)
+    perform(vcpu, cpl, now_ns)
     vcpu.lock_done = True
     if vcpu.fault_like:
         return False
@@ -112,7 +113,7 @@ def execute_intercepted(vcpu: Vcpu, now_ns: int) -> None:
         vcpu.stop = None
         return
     vcpu.bus_lock_counter = 0
-    perform(vcpu, now_ns)
+    perform(vcpu, stop.cpl, now_ns)
     if type(stop) is BusLock:
         vcpu.rip += stop.insn_len
         vcpu.stop = None
@@ -120,9 +121,11 @@ def execute_intercepted(vcpu: Vcpu, now_ns: int) -> None:
         vcpu.lock_done = True
 
 
-def perform(vcpu: Vcpu, now_ns: int) -> None:
+def perform(vcpu: Vcpu, cpl: int, now_ns: int) -> None:
     """The lock is on the bus: every other CPU of the machine stalls."""
     vcpu.bus_locks += 1
+    if vcpu.debug is not None:
+        debug.bus_lock(vcpu.debug, cpl)
     on_bus_lock = vcpu.vm.on_bus_lock
     if on_bus_lock is not None:
         on_bus_lock(vcpu, now_ns)

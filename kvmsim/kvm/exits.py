@@ -115,12 +115,17 @@ def internal_error(vcpu: Vcpu, stop: InternalError) -> int:
 
 
 def debug(vcpu: Vcpu, stop: Debug) -> int:
-    """A debug exception for the VMM.
+    """A debug exception for the VMM; the instruction is done."""
+    retire(vcpu, stop)
+    return report_debug(vcpu, stop)
+
+
+def report_debug(vcpu: Vcpu, stop: Debug) -> int:
+    """Show a debug exception to the VMM.
 
     Linux 6.12 vmx.c ``handle_exception_nmi`` ORs the qualification, whose polarity is active high,
     into the active-low reset value: bit 11 always reads as "no bus lock". AMD reports DR6 as it is.
     """
-    retire(vcpu, stop)
     machine = vcpu.vm.machine
     dr6 = stop.dr6
     if machine.preset.vendor == "intel":

@@ -40,7 +40,7 @@ from kvmsim.engine.base import (
     Shutdown,
 )
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, exits
+from kvmsim.kvm import bus_lock, debug, exits
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import (
     U8_IMMEDIATE_EXIT,
@@ -243,7 +243,7 @@ def admitted(vcpu: Vcpu, now_ns: int) -> None:
         vcpu.on_wake(vcpu, now_ns)
 
 
-def enter(vcpu: Vcpu, now_ns: int) -> Blocked:
+def enter(vcpu: Vcpu, now_ns: int) -> Blocked | None:
     """Get into the guest: past a halt, past the limiter, up to the next stop."""
     if vcpu.mp_state == KVM_MP_STATE_HALTED:
         vcpu.phase = HALTED
@@ -258,6 +258,11 @@ def enter(vcpu: Vcpu, now_ns: int) -> Blocked:
         vcpu.owed = False
     if vcpu.intercepted:
         bus_lock.execute_intercepted(vcpu, now_ns)
+    if vcpu.debug is not None:
+        reason = debug.deliver(vcpu, vcpu.debug)
+        if reason is not None:
+            leave(vcpu, reason, 0)
+            return None
     stop = vcpu.stop
     if stop is None:
         stop = vcpu.stop = vcpu.engine.next_stop(vcpu)
@@ -289,7 +294,7 @@ def _stopped(vcpu: Vcpu, stop: Stop, now_ns: int) -> Blocked | None:
                 leave(vcpu, Exit.X86_BUS_LOCK, KVM_RUN_X86_BUS_LOCK)
                 return None
             return enter(vcpu, now_ns)
-        detected = bus_lock.ride(vcpu, now_ns)
+        detected = bus_lock.ride(vcpu, stop.cpl, now_ns)
     reason = _exit_reason(vcpu, stop, now_ns)
     if reason is None:
         # Linux 6.12 vmx.c handle_bus_lock_vmexit path: a kernel-handled exit that carries a

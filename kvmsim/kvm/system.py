@@ -23,7 +23,10 @@ from kvmsim.abi.structs import (
     KVM_X86_SEV_VMSA_FEATURES,
 )
 from kvmsim.errors import KvmError
-from kvmsim.kvm import cpuid
+from kvmsim.kvm import (
+    cpuid,
+    msrs,  # noqa: F401 - enters its handlers
+)
 from kvmsim.kvm.client import Client, LocalClient, copy_to_user
 from kvmsim.kvm.dispatch import SystemFile, handles
 from kvmsim.kvm.vm import Vm

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from kvmsim.engine.base import GuestEngine, Stop
     from kvmsim.kvm.client import Client
+    from kvmsim.kvm.debug import GuestDebug
     from kvmsim.kvm.dispatch import Call
     from kvmsim.kvm.vm import Vm
 
@@ -90,6 +91,7 @@ class Vcpu(VcpuFile):
         bus_locks: bus locks taken so far.
         throttled_ns: time spent waiting for admission.
         exits: returns of KVM_RUN by exit reason.
+        debug: its debug registers; None: never used, all as after reset.
     """
 
     __slots__ = (
@@ -98,7 +100,7 @@ class Vcpu(VcpuFile):
         *("phase", "since_ns", "wake_at_ns", "in_guest", "stop", "remaining_ns", "lock_done"),
         *("pending", "pending_rip", "io_done", "exits", "bus_locks", "throttled_ns"),
         *("detects", "fault_like", "bus_lock_exit", "bus_lock_counter", "owed"),
-        *("intercepted", "intercepted_rip", "compare_due"),
+        *("intercepted", "intercepted_rip", "compare_due", "debug"),
     )
 
     def __init__(self, vm: Vm, vcpu_id: int, page: KvmRun | None = None) -> None:
@@ -140,6 +142,7 @@ class Vcpu(VcpuFile):
         self.intercepted = False
         self.intercepted_rip = 0
         self.compare_due = False
+        self.debug: GuestDebug | None = None
         self._power_on()
 
     kvm_run = run.kvm_run
@@ -169,6 +172,8 @@ class Vcpu(VcpuFile):
         self.rip = RESET_RIP
         self.ready_and_if = 1 if self.vm.irqchip else 0
         self.bus_lock_counter = 0
+        if self.debug is not None:
+            self.debug.reset()
         bus_lock.arm(self)
 
     def init(self) -> None:

@@ -19,6 +19,7 @@ NUMBERS = (
     | {f"KVM_EXIT_{reason.name}": reason.value for reason in exits.Exit}
     | {name: value for name, value in vars(exits).items() if name.startswith("KVM_")}
     | {name: getattr(sev, name) for name in ("KVM_SEV_INIT", "KVM_SEV_ES_INIT", "KVM_SEV_INIT2")}
+    | {name: value for name, value in vars(structs).items() if name.startswith("KVM_GUESTDBG_")}
     | {"KVMIO": ioctls.KVMIO, "KVM_API_VERSION": caps.KVM_API_VERSION}
 )
 #: Not constants of the header: our own shorthand, or internal to the kernel.
@@ -31,6 +32,10 @@ LAYOUTS = [
     structs.KVM_CPUID2,
     structs.KVM_CPUID_ENTRY2,
     structs.KVM_DEVICE_ATTR,
+    structs.KVM_MSRS,
+    structs.KVM_MSR_ENTRY,
+    structs.KVM_DEBUGREGS,
+    structs.KVM_GUEST_DEBUG,
     run.KVM_RUN_PAGE,
     run.EXIT_IO,
     run.EXIT_MMIO,

@@ -1,0 +1,226 @@
+"""Debug exceptions of a guest: DR6 and DR7, DEBUGCTL, the bus lock #DB, a debugger in user space.
+
+DR6 bit 11 says "bus lock" when it is **clear**; hardware clears it and the guest sets it again. A
+#DB carries its cause as a payload of opposite, active-high polarity (kvm.md B.1)::
+
+    DR6 before   payload   DR6 after
+    FFFF0FF0     0800      FFFF07F0    a bus lock
+    FFFF07F0     4000      FFFF47F0    a single step; the handler had not set bit 11 again
+
+The exception belongs to locks taken above CPL 0 by Intel guests that have the feature and enabled
+it. It is a trap: it is delivered when the guest is entered next, after any exit to user space.
+"""
+
+from __future__ import annotations
+
+from errno import EBUSY, EINVAL
+from typing import TYPE_CHECKING
+
+from kvmsim.abi.exits import Exit
+from kvmsim.abi.ioctls import KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, KVM_SET_GUEST_DEBUG
+from kvmsim.abi.structs import (
+    KVM_CPUID_ENTRY2,
+    KVM_DEBUGREGS,
+    KVM_GUEST_DEBUG,
+    KVM_GUESTDBG_ENABLE,
+    KVM_GUESTDBG_INJECT_BP,
+    KVM_GUESTDBG_INJECT_DB,
+    KVM_GUESTDBG_SINGLESTEP,
+    KVM_GUESTDBG_USE_HW_BP,
+)
+from kvmsim.engine.base import Debug
+from kvmsim.errors import KvmError
+from kvmsim.kvm import exits
+from kvmsim.kvm.dispatch import VcpuFile, handles
+
+if TYPE_CHECKING:
+    from kvmsim.kvm.dispatch import Call
+    from kvmsim.kvm.vcpu import Vcpu
+
+DR6_ACTIVE_LOW = exits.DR6_ACTIVE_LOW
+DR6_VOLATILE = 0x0001E80F
+DR6_FIXED_1 = 0xFFFE07F0
+DR6_BUS_LOCK = exits.DR6_BUS_LOCK
+DR6_RTM = 1 << 16
+DR7_RESET = 0x400
+DR7_GD = 1 << 13
+DEBUGCTL_LBR = 1 << 0
+DEBUGCTL_BTF = 1 << 1
+DEBUGCTL_BUS_LOCK = 1 << 2
+
+FN7_EBX_RTM = 1 << 11
+FN7_ECX_BUS_LOCK_DETECT = 1 << 24
+DB_VECTOR = 1
+U32_MAX = 0xFFFF_FFFF
+
+
+class GuestDebug:
+    """The debug state of one vCPU; made when something of it is first used.
+
+    Attributes:
+        dr: DR0 to DR3.
+        dr6: debug status.
+        dr7: debug control.
+        debugctl: ``IA32_DEBUGCTL`` as the guest reads it.
+        control: what ``KVM_SET_GUEST_DEBUG`` asked for; 0 without a debugger.
+        trap: payload of a #DB the processor still has to deliver, 0 without one.
+        queued: user space injected an exception that is not delivered yet.
+        delivered: #DBs the guest has got.
+    """
+
+    __slots__ = ("control", "debugctl", "delivered", "dr", "dr6", "dr7", "queued", "trap")
+
+    def __init__(self) -> None:
+        self.control = 0
+        self.delivered = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Power-on or INIT; a debugger stays."""
+        self.dr = [0, 0, 0, 0]
+        self.dr6 = DR6_ACTIVE_LOW
+        self.dr7 = DR7_RESET
+        self.debugctl = 0
+        self.trap = 0
+        self.queued = False
+
+
+def of(vcpu: Vcpu) -> GuestDebug:
+    """The debug state of a vCPU."""
+    if vcpu.debug is None:
+        vcpu.debug = GuestDebug()
+    return vcpu.debug
+
+
+# -- registers -----------------------------------------------------------------------------------
+
+
+def dr6_written(value: int, *, bus_lock_detect: bool, rtm: bool) -> int:
+    """What DR6 holds after the guest wrote a 32-bit value (a wider one is #GP)."""
+    fixed = DR6_FIXED_1
+    fixed |= 0 if rtm else DR6_RTM
+    fixed |= 0 if bus_lock_detect else DR6_BUS_LOCK
+    return (value & DR6_VOLATILE) | fixed
+
+
+def dr6_after(dr6: int, payload: int) -> int:
+    """What DR6 holds after a #DB with this payload was delivered."""
+    dr6 = (dr6 & ~0xF) | DR6_RTM
+    dr6 &= ~(payload & DR6_ACTIVE_LOW)
+    dr6 |= payload & ~DR6_ACTIVE_LOW
+    return (dr6 & ~(1 << 12)) | DR6_FIXED_1
+
+
+def has_bus_lock_detect(vcpu: Vcpu) -> bool:
+    """Whether the guest has the bus lock #DB: Intel, by the host's and the guest's CPUID."""
+    return _host_detects(vcpu) and bool(_leaf_7(vcpu, "ecx") & FN7_ECX_BUS_LOCK_DETECT)
+
+
+def has_rtm(vcpu: Vcpu) -> bool:
+    """Whether the guest's CPUID shows transactional memory."""
+    return bool(_leaf_7(vcpu, "ebx") & FN7_EBX_RTM)
+
+
+def _host_detects(vcpu: Vcpu) -> bool:
+    preset = vcpu.vm.machine.preset
+    return preset.vendor == "intel" and preset.bus_lock.detect
+
+
+def _leaf_7(vcpu: Vcpu, register: str) -> int:
+    size = KVM_CPUID_ENTRY2.size_bytes
+    for at in range(0, len(vcpu.cpuid), size):
+        entry = vcpu.cpuid[at : at + size]
+        if KVM_CPUID_ENTRY2.get(entry, "function") == 7:
+            return KVM_CPUID_ENTRY2.get(entry, register)
+    return 0
+
+
+def write_dr6(vcpu: Vcpu, value: int) -> bool:
+    """The guest's MOV to DR6; False: #GP."""
+    if value > U32_MAX:
+        return False
+    detect, rtm = has_bus_lock_detect(vcpu), has_rtm(vcpu)
+    of(vcpu).dr6 = dr6_written(value, bus_lock_detect=detect, rtm=rtm)
+    return True
+
+
+def write_debugctl(vcpu: Vcpu, value: int, *, host_initiated: bool) -> bool:
+    """A write to ``IA32_DEBUGCTL``; False: refused (#GP in the guest), nothing changed.
+
+    There is neither guest LBR nor TSX here. Linux 6.12 vmx.c forgives LBR and BTF: they are
+    dropped. AMD without LBR virtualization ignores every write.
+    """
+    if vcpu.vm.machine.preset.vendor == "amd":
+        return True
+    supported = 0
+    if has_bus_lock_detect(vcpu) or (host_initiated and _host_detects(vcpu)):
+        supported = DEBUGCTL_BUS_LOCK
+    if value & ~supported & ~(DEBUGCTL_LBR | DEBUGCTL_BTF):
+        return False
+    of(vcpu).debugctl = value & supported
+    return True
+
+
+# -- delivery ------------------------------------------------------------------------------------
+
+
+def bus_lock(debug: GuestDebug, cpl: int) -> None:
+    """A bus lock was taken: a #DB is due if the guest wants one for this privilege level."""
+    if cpl and debug.debugctl & DEBUGCTL_BUS_LOCK:
+        debug.trap |= DR6_BUS_LOCK
+
+
+def deliver(vcpu: Vcpu, debug: GuestDebug) -> int | None:
+    """Entering the guest: what is pending arrives. An exit reason, if a debugger takes it."""
+    debug.queued = False
+    payload, debug.trap = debug.trap, 0
+    if not payload:
+        return None
+    if debug.control & (KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_USE_HW_BP):
+        exits.report_debug(vcpu, Debug(exception=DB_VECTOR, dr6=payload, dr7=debug.dr7))
+        return Exit.DEBUG
+    debug.dr6 = dr6_after(debug.dr6, payload)
+    debug.dr7 &= ~DR7_GD
+    debug.delivered += 1
+    return None
+
+
+# -- ioctls --------------------------------------------------------------------------------------
+
+
+@handles(VcpuFile, KVM_GET_DEBUGREGS)
+def get_debugregs(vcpu: Vcpu, call: Call) -> int:
+    """Copy the debug registers out."""
+    debug = of(vcpu)
+    data = KVM_DEBUGREGS.pack(dr6=debug.dr6, dr7=debug.dr7)
+    for index, address in enumerate(debug.dr):
+        KVM_DEBUGREGS.put(data, "db", address, index)
+    call.write(data)
+    return 0
+
+
+@handles(VcpuFile, KVM_SET_DEBUGREGS)
+def set_debugregs(vcpu: Vcpu, call: Call) -> int:
+    """Take debug registers over. The fixed bits of DR6 are not applied (kvm.md B.1)."""
+    data = call.read(KVM_DEBUGREGS.size_bytes)
+    dr6, dr7 = KVM_DEBUGREGS.get(data, "dr6"), KVM_DEBUGREGS.get(data, "dr7")
+    if KVM_DEBUGREGS.get(data, "flags") or dr6 > U32_MAX or dr7 > U32_MAX:
+        raise KvmError(EINVAL, "flags, or DR6 or DR7 wider than 32 bits")
+    debug = of(vcpu)
+    debug.dr = [KVM_DEBUGREGS.get(data, "db", index) for index in range(4)]
+    debug.dr6, debug.dr7 = dr6, dr7
+    return 0
+
+
+@handles(VcpuFile, KVM_SET_GUEST_DEBUG)
+def set_guest_debug(vcpu: Vcpu, call: Call) -> int:
+    """A debugger comes, changes its mind or goes. Unknown control bits are accepted."""
+    control = KVM_GUEST_DEBUG.get(call.read(KVM_GUEST_DEBUG.size_bytes), "control")
+    debug = of(vcpu)
+    if control & (KVM_GUESTDBG_INJECT_DB | KVM_GUESTDBG_INJECT_BP):
+        if debug.queued:
+            raise KvmError(EBUSY, "an exception is pending")
+        # Without a payload: DR6 stays as it is.
+        debug.queued = True
+    debug.control = control if control & KVM_GUESTDBG_ENABLE else 0
+    return 0
