@@ -297,7 +297,7 @@ def test_no_interval_admits_more_than_quota_plus_its_share(limit, arrivals):
 @given(limit=limits, vcpus=st.lists(st.integers(1, 4), min_size=2, max_size=4))
 @settings(max_examples=40, deadline=None)
 def test_backlogged_siblings_never_differ_by_more_than_one_admission(limit, vcpus):
-    """Property (a), and (d): what the children got is what the parent gave."""
+    # Property (a), and (d): what the children got is what the parent gave.
     tree: BudgetTree[str] = BudgetTree("/")
     parent = tree.add(tree.root, "p")
     children = [tree.add(parent, str(i)) for i in range(len(vcpus))]
@@ -323,7 +323,7 @@ def test_backlogged_siblings_never_differ_by_more_than_one_admission(limit, vcpu
 @given(own=limits, arrivals=st.lists(st.integers(0, 3000 * MS), max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_sibling_below_its_limit_is_not_delayed_by_another_siblings_limit(own, arrivals):
-    """Property (b): with no common limit the backlog of one child is invisible to the other."""
+    # Property (b): with no common limit the backlog of one child is invisible to the other.
     tree: BudgetTree[str] = BudgetTree("/")
     parent = tree.add(tree.root, "p")
     blocked, free = tree.add(parent, "blocked"), tree.add(parent, "free")
@@ -338,7 +338,7 @@ def test_sibling_below_its_limit_is_not_delayed_by_another_siblings_limit(own, a
 @given(low=limits, high=limits, nr_events=st.integers(1, 60), at=st.integers(0, 2 * S))
 @settings(max_examples=60, deadline=None)
 def test_new_limit_releases_what_it_has_room_for_at_once(low, high, nr_events, at):
-    """Property (c)."""
+    # Property (c).
     tree: BudgetTree[str] = BudgetTree("/")
     cgrp = tree.add(tree.root, "l")
     tree.set_limit(cgrp, *low, 0)

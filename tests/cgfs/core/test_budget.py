@@ -125,7 +125,7 @@ def test_refused_event_takes_nothing_from_any_ancestor(bench):
 
 
 def test_noisy_sibling_gets_no_more_turns_than_quiet_one(bench):
-    """C.4 Fairness: parent at 4/s, A with three vCPUs that always lock, B with one."""
+    # C.4 Fairness: parent at 4/s, A with three vCPUs that always lock, B with one.
     parent = bench.add("p")
     a, b = bench.add("A", parent), bench.add("B", parent)
     bench.tree.set_limit(parent, 4, S, 0)

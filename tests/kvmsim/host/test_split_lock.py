@@ -39,7 +39,7 @@ WARN = SplitLockDetect(Mode.WARN)
     ],
 )
 def test_option_on_a_capable_cpu(option, expected):
-    """T-B-6"""
+    # T-B-6
     assert parse_split_lock_detect(option, capable=True) == expected
 
 
@@ -54,7 +54,7 @@ def test_policy_prints_as_its_option(option):
 
 
 def test_third_event_of_a_window_is_allowed_by_the_poll_after_its_end():
-    """C.2 vector: HZ=1000, N=2, a refused event polls every 21 ticks."""
+    # C.2 vector: HZ=1000, N=2, a refused event polls every 21 ticks.
     limit = KernelRatelimit(interval=1000, burst=2)
     assert limit.try_take(1000)
     assert limit.try_take(1010)

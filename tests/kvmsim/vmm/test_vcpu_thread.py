@@ -33,7 +33,7 @@ def lock_times(host) -> list[tuple[int, str]]:
 
 
 def test_q9_single_vcpu_with_work_gets_five_locks_per_1100_ms(host):
-    """C.1.2 Q9."""
+    # C.1.2 Q9.
     vmm = host.vm(locks(1), loop=0, bus_lock_ratelimit=5)
     taken = lock_times(host)
     vmm.start(0)
@@ -46,7 +46,7 @@ def test_q9_single_vcpu_with_work_gets_five_locks_per_1100_ms(host):
 
 
 def test_q10_late_wake_ups_give_one_larger_second_and_then_the_rate(host):
-    """C.1.2 Q10: speed 10, 4 vCPUs, no work, wake-up 50 µs late."""
+    # C.1.2 Q10: speed 10, 4 vCPUs, no work, wake-up 50 µs late.
     host.timeline.advance(1)
     scripts = [locks(1, after_ns=0)] * 4
     vmm = host.vm(*scripts, loop=0, bus_lock_ratelimit=10, wake_latency_ns=50_000)
@@ -219,7 +219,7 @@ def test_raised_limit_lets_throttled_vcpus_go_at_once(host):
 
 
 def test_vmm_and_cgroup_limits_overlap(host):
-    """C.4: the VMM's sleep and the kernel's wait run side by side, they do not add up."""
+    # C.4: the VMM's sleep and the kernel's wait run side by side, they do not add up.
     host.mkdir("/t", "1 1000000")
     vmm = host.vm(locks(4, after_ns=0), cgroup="/t", bus_lock_ratelimit=1)
     taken = lock_times(host)
