@@ -13,13 +13,17 @@ from kvmsim.sim.testbed import NS_PER_S, Testbed
 def charges(monkeypatch) -> list[int]:
     """Times at which bus locks were charged to a cgroup, in the order it happened."""
     times: list[int] = []
-    charge = BudgetTree.charge
 
-    def note(tree, budget, now_ns):
-        times.append(now_ns)
-        charge(tree, budget, now_ns)
+    def noted(charge):
+        def note(tree, budget, now_ns):
+            times.append(now_ns)
+            return charge(tree, budget, now_ns)
 
-    monkeypatch.setattr(BudgetTree, "charge", note)
+        return note
+
+    # At once, and after a wait.
+    for name in ("charge", "_admit_first"):
+        monkeypatch.setattr(BudgetTree, name, noted(getattr(BudgetTree, name)))
     return times
 
 
