@@ -39,9 +39,9 @@ def is_helper_call(program: str, arguments: Sequence[str], subcommands: Collecti
     """
     if program.startswith(HELPER_PREFIX):
         return True
-    if len(arguments) < 2 or arguments[0].startswith("-") or arguments[0] in subcommands:
-        return False
-    return not arguments[1].startswith("-")
+    # libfuse always gives options; a mistyped subcommand must not mount anything.
+    source, options = arguments[:1], arguments[2:3]
+    return options == ["-o"] and source[0] not in subcommands and not source[0].startswith("-")
 
 
 def parse_helper_call(arguments: Sequence[str]) -> HelperCall:

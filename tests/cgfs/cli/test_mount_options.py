@@ -84,9 +84,10 @@ def test_other_number_of_places_is_a_usage_error(arguments):
 @pytest.mark.parametrize(
     ("program", "arguments", "expected"),
     [
-        ("cgfs", ["lab", "/mnt"], True),
         ("cgfs", ["lab", "/mnt", "-o", "rw"], True),
-        ("cgfs", ["mount", "/mnt"], False),
+        ("cgfs", ["lab", "/mnt"], False),
+        ("cgfs", ["tre", "/mnt", "--json"], False),
+        ("cgfs", ["mount", "/mnt", "-o", "rw"], False),
         ("mount.fuse.cgfs", ["mount", "/mnt"], True),
         ("cgfs", ["--help", "x"], False),
         ("cgfs", ["nonsense"], False),

@@ -246,6 +246,7 @@ def test_vm_that_does_not_exist_is_told(shell, host, command):
     "arguments",
     [
         ["nonsense"],
+        ["vn", "list"],
         ["up"],
         ["up", "host", "--seed", "x"],
         ["up", "host", "--controllers", "misc,cpu"],
