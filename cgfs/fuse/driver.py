@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 SLICE_NS = 3_000_000
-IDLE_MS = 1
+IDLE_MS = 5
 
 
 class Driver:

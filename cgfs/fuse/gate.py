@@ -139,9 +139,10 @@ class Gate:
         files = self._readers.get(row)
         return files is not None and ino in files
 
-    def any_readers(self, row: str) -> bool:
-        """Whether any file of a row has a page-cache reader that a change would wait for."""
-        return bool(self._readers.get(row))
+    @property
+    def has_readers_at_all(self) -> bool:
+        """Whether any file has a page-cache reader that a change would wait for."""
+        return any(self._readers.values())
 
     def is_cached(self, ino: int, row: str) -> bool:
         """Whether any page-cache descriptor is open, waited for or not."""

@@ -50,6 +50,7 @@ _KNOWN_CALLERS = 1024
 
 # A removed file has no size, and past the end a page-cache reader would not ask any more.
 _SIZE_OF_REMOVED = 4096
+_CAPABILITY = b"security.capability"
 
 
 def answers(
@@ -114,9 +115,11 @@ class Operations:
         self.gate = gate or Gate(time.monotonic_ns)
         self.changes = Changes(self._inodes, self._entries, self.gate, self._files)
         tree.listener = cast("Any", self.changes)
-        tree.known = self._inodes.known
+        # A bound method of the dictionary itself: a removal asks once per file.
+        tree.known = self._inodes.lookups.__contains__
         self.notifier = Notifier(self.changes, self._inodes, self._files, driver, self._path)
         self._callers: dict[tuple[int, int, int], Caller] = {}
+        self._capable: set[int] = set()
         self._asked_again: set[tuple[int, int]] = set()
         self._missing = missing_entry()
         # pyfuse3 copies what open returns before anything else can run.
@@ -231,11 +234,15 @@ class Operations:
     @answers
     def setxattr(self, ino: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         """SETXATTR; pyfuse3 sees to CREATE and REPLACE by `getxattr`."""
+        if name == _CAPABILITY:
+            self._capable.add(ino)
         self._tree.setxattr(ino, name, value)
 
     @answers
     def getxattr(self, ino: int, name: bytes, ctx: RequestContext) -> bytes:
-        """GETXATTR."""
+        """GETXATTR; the kernel asks for one of them at every open with O_TRUNC."""
+        if name == _CAPABILITY and ino not in self._capable:
+            raise FUSEError(errno.ENODATA)
         return cast("bytes", self._tree.getxattr(ino, name))
 
     @answers
@@ -301,6 +308,8 @@ class Operations:
         self._entries.drop(parent)
         entry = self._entries.get(ino)
         self._inodes.looked_up(ino)
+        # The kernel knows that its own mkdir changes the parent.
+        self.changes.resized.clear()
         if self.changes.pending and not self.notifier.settle_events():
             return self._then(entry, entries_too=False)
         return entry
@@ -310,10 +319,11 @@ class Operations:
         self, parent: int, name: bytes, ctx: RequestContext
     ) -> Coroutine[Any, Any, None] | None:
         """RMDIR; descriptors below it give ENODEV from here on."""
-        ino = self._tree.lookup(parent, name)
-        rows = () if ino is None else self._tree.rows_changed_by_rmdir(ino)
-        if rows:
-            return self._rmdir_widely(rows, parent, name, ctx)
+        if self.gate.has_readers_at_all:
+            ino = self._tree.lookup(parent, name)
+            rows = () if ino is None else self._tree.rows_changed_by_rmdir(ino)
+            if rows:
+                return self._rmdir_widely(rows, parent, name, ctx)
         return self._rmdir(parent, name, ctx)
 
     async def _rmdir_widely(
@@ -342,6 +352,7 @@ class Operations:
         # Names inside the directory that nobody has open go with it; the directory's own name
         # is the kernel's business.
         changes = self.changes
+        changes.resized.clear()
         changes.entries = [
             entry
             for entry in changes.entries
