@@ -94,7 +94,14 @@ class Server:
                 path.unlink(missing_ok=True)  # noqa: ASYNC240 - one call on a tmpfs
 
     async def connection(self, stream: trio.SocketStream) -> None:
-        """Serves one client until it hangs up."""
+        """Serves one client until it hangs up; nothing a client does ends the server."""
+        async with stream:
+            try:
+                await self._converse(stream)
+            except trio.BrokenResourceError:
+                log.debug("a client went before its answer")
+
+    async def _converse(self, stream: trio.SocketStream) -> None:
         peer = peer_of(stream)
         lines = LineBuffer()
         try:
@@ -103,10 +110,6 @@ class Server:
                     await stream.send_all(encode_line(await self.answer(line, peer)))
         except LineTooLongError as failure:
             await stream.send_all(encode_line(Reply(0, problem=Problem.of(failure))))
-        except trio.BrokenResourceError:
-            log.debug("pid %d went before its answer", peer.pid)
-        finally:
-            await trio.aclose_forcefully(stream)
 
     async def answer(self, line: bytes, peer: Peer) -> Reply:
         """Does what one line asks for; failures become replies."""

@@ -39,11 +39,13 @@ def connect(host: Path | None) -> Client:
         CommandError: there is no such host, it has died, or it is somebody else's.
     """
     runtime, entry = _named(host) if host else _only()
+    directory = Path(entry.directory)
     if not entry.alive:
         raise CommandError(
-            f"{entry.directory}: the host has died; clear it with: kvmsim down {entry.directory}"
+            f"{directory}: the host has died, see {runtime.log(directory)};"
+            f" clear it with: kvmsim down {directory}"
         )
-    return Client(runtime.socket(Path(entry.directory)))
+    return Client(runtime.socket(directory))
 
 
 def _named(host: Path) -> tuple[RuntimeDir, Entry]:
