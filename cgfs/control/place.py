@@ -186,8 +186,18 @@ def _others(users: list[User], server: int) -> list[User]:
 
 
 def _unmount_all(directory: Path, kind: str) -> None:
-    while (mount := mount_at(directory)) is not None and mount.fstype == f"fuse.{kind}":
-        unmount(directory, lazy=True)
+    """Takes every mount of a kind away, and its own watcher may be as quick."""
+    while _is_mounted(directory, kind):
+        try:
+            unmount(directory, lazy=True)
+        except CommandError:
+            if _is_mounted(directory, kind):
+                raise
+
+
+def _is_mounted(directory: Path, kind: str) -> bool:
+    mount = mount_at(directory)
+    return mount is not None and mount.fstype == f"fuse.{kind}"
 
 
 def _stop(entry: Entry) -> bool:
