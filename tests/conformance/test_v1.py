@@ -2,7 +2,6 @@
 
 import os
 import stat
-from pathlib import Path
 
 import pytest
 from conformance import syscalls
@@ -34,8 +33,6 @@ def d(v1, kids):
 @pytest.fixture
 def agent(v1, tmp_path):
     """A release agent that leaves its arguments and environment in a file."""
-    if os.geteuid() == 0 and not Path("/proc/1/root").samefile("/"):
-        pytest.skip("Linux looks for the release agent in the root directory of init, not in ours")
     script, report = tmp_path / "agent", tmp_path / "report"
     script.write_text(AGENT % (report, report, report))
     script.chmod(0o755)
