@@ -292,21 +292,26 @@ class TaskTable:
             return
         hierarchy = dst.hierarchy
         src = task.place(hierarchy)
-        for tid, cgrp in list(task.strays_in(hierarchy)):
-            self._unstray(task, tid, cgrp, now_ns)
+        strays = list(task.strays_in(hierarchy))
         if src is not dst:
             self._relocate(task, src, dst, now_ns)
+        for tid, cgrp in strays:
+            self._unstray(task, tid, cgrp, now_ns)
         self.release(task)
 
     def _relocate(self, task: Task, src: Cgroup, dst: Cgroup, now_ns: int) -> None:
+        """Move the leader; joining before leaving keeps common ancestors populated all the time.
+
+        As Linux 6.12 cgroup.c css_set_move_task(): such ancestors generate no event.
+        """
         frozen_before = src.e_freeze > 0
-        if task.pid in src.members:
-            src.remove_member(task, now_ns)
         if dst is dst.hierarchy.root and not task.emulated:
             task.places.pop(dst.hierarchy, None)
         else:
             task.places[dst.hierarchy] = dst
             dst.add_member(task, now_ns)
+        if task.pid in src.members:
+            src.remove_member(task, now_ns)
         if frozen_before and not dst.e_freeze:
             self.thaw(task, now_ns)
         if task.owner is not None:
@@ -327,11 +332,13 @@ class TaskTable:
             for other, cgrp in list(task.strays_in(hierarchy)):
                 if cgrp is dst:
                     self._unstray(task, other, cgrp, now_ns)
+        elif dst is task.place(hierarchy):
+            self._unstray(task, tid, src, now_ns)
         else:
-            if hierarchy in task.strays.get(tid, {}):
-                self._unstray(task, tid, src, now_ns)
-            if dst is not task.place(hierarchy):
-                self._stray(task, tid, dst, now_ns)
+            was_apart = hierarchy in task.strays.get(tid, {})
+            self._stray(task, tid, dst, now_ns)
+            if was_apart:
+                src.remove_stray(tid, now_ns)
         self.release(task)
 
     def _stray(self, task: Task, tid: int, cgrp: Cgroup, now_ns: int) -> None:

@@ -207,3 +207,15 @@ def test_rename_in_v2_is_eperm(roots, shell, fails_with):
 def test_emulated_processes_are_in_the_root_of_every_hierarchy(roots, shell, v1, owner):
     roots.spawn(shell.mkdir("/a"), owner)
     assert v1.cat("/cgroup.procs", Caller(0, 0, 1)) == f"{FIRST_EMULATED_PID}\n"
+
+
+def test_release_does_not_run_for_a_cgroup_its_threads_process_joins(roots, v1, processes):
+    released = []
+    roots.release = lambda agent, path: released.append(path)
+    v1.echo("/agent", "/release_agent")
+    v1.mkdir("/a")
+    v1.echo("1", "/a/notify_on_release")
+    processes.start(100, 101)
+    v1.echo("101", "/a/tasks")
+    v1.echo("100", "/a/cgroup.procs")
+    assert released == []
