@@ -201,8 +201,8 @@ class Cgroup(Node):
     def _freeze_newcomer(self, task: Task, now_ns: int) -> None:
         # Linux 6.12 freezer.c cgroup_freezer_migrate_task(): the destination stops being
         # frozen until the newcomer is, which generates an event even if it was populated.
-        self.hierarchy.roots.tasks.freeze(task, now_ns)
-        self.notify("cgroup.events")
+        if self.hierarchy.roots.tasks.freeze(task, now_ns):
+            self.notify("cgroup.events")
 
     def _became_populated(self) -> None:
         cgrp: Cgroup | None = self

@@ -150,15 +150,17 @@ class Task:
         places: cgroup of the thread group leader per hierarchy; a hierarchy that is missing
             means its root.
         strays: threads whose cgroup differs from the leader's, per thread id and hierarchy.
+        frozen: whether it was told to stop.
     """
 
-    __slots__ = ("owner", "pid", "places", "strays")
+    __slots__ = ("frozen", "owner", "pid", "places", "strays")
 
     def __init__(self, pid: int, owner: TaskOwner | None = None) -> None:
         self.pid = pid
         self.owner = owner
         self.places: dict[Hierarchy, Cgroup] = {}
         self.strays: dict[int, dict[Hierarchy, Cgroup]] = {}
+        self.frozen = False
 
     @property
     def emulated(self) -> bool:
@@ -170,6 +172,10 @@ class Task:
         if tid is not None and (stray := self.strays.get(tid, {}).get(hierarchy)) is not None:
             return stray
         return self.places.get(hierarchy, hierarchy.root)
+
+    def cgroups(self) -> set[Cgroup]:
+        """Every cgroup the leader or another thread was put into."""
+        return {*self.places.values(), *(c for own in self.strays.values() for c in own.values())}
 
     def strays_in(self, hierarchy: Hierarchy) -> Iterator[tuple[int, Cgroup]]:
         """(tid, cgroup) of the threads placed by themselves in one hierarchy."""
@@ -255,6 +261,7 @@ class TaskTable:
             return
         for cgrp in task.strays.pop(tid, {}).values():
             cgrp.remove_stray(tid, now_ns)
+        self.thaw(task, now_ns)
         if tid == tgid and not self.processes.threads(tgid):
             self.exit(task, now_ns)
 
@@ -263,8 +270,7 @@ class TaskTable:
         task = self._tasks.get(tgid)
         if task is None:
             return
-        places = {*task.places.values(), *(c for own in task.strays.values() for c in own.values())}
-        frozen = {a: None for cgrp in places for a in cgrp.ancestors() if a.e_freeze}
+        frozen = {a: None for cgrp in task.cgroups() for a in cgrp.ancestors() if a.e_freeze}
         for cgrp in frozen:
             cgrp.notify("cgroup.events")
 
@@ -297,6 +303,7 @@ class TaskTable:
             self._relocate(task, src, dst, now_ns)
         for tid, cgrp in strays:
             self._unstray(task, tid, cgrp, now_ns)
+        self.thaw(task, now_ns)
         self.release(task)
 
     def _relocate(self, task: Task, src: Cgroup, dst: Cgroup, now_ns: int) -> None:
@@ -304,7 +311,6 @@ class TaskTable:
 
         As Linux 6.12 cgroup.c css_set_move_task(): such ancestors generate no event.
         """
-        frozen_before = src.e_freeze > 0
         if dst is dst.hierarchy.root and not task.emulated:
             task.places.pop(dst.hierarchy, None)
         else:
@@ -312,8 +318,7 @@ class TaskTable:
             dst.add_member(task, now_ns)
         if task.pid in src.members:
             src.remove_member(task, now_ns)
-        if frozen_before and not dst.e_freeze:
-            self.thaw(task, now_ns)
+        self.thaw(task, now_ns)
         if task.owner is not None:
             task.owner.moved(now_ns)
 
@@ -339,6 +344,7 @@ class TaskTable:
             self._stray(task, tid, dst, now_ns)
             if was_apart:
                 src.remove_stray(tid, now_ns)
+        self.thaw(task, now_ns)
         self.release(task)
 
     def _stray(self, task: Task, tid: int, cgrp: Cgroup, now_ns: int) -> None:
@@ -352,15 +358,25 @@ class TaskTable:
             del task.strays[tid]
         cgrp.remove_stray(tid, now_ns)
 
-    def freeze(self, task: Task, now_ns: int) -> None:
-        """Stop a process of a frozen cgroup."""
+    def freeze(self, task: Task, now_ns: int) -> bool:
+        """Stop a process of a frozen cgroup; False if it was told before."""
+        if task.frozen:
+            return False
+        task.frozen = True
         if task.owner is not None:
             task.owner.frozen(frozen=True, now_ns=now_ns)
         else:
             self.processes.freeze(task.pid)
+        return True
 
     def thaw(self, task: Task, now_ns: int) -> None:
-        """Let it go on."""
+        """Let it go on, unless it or one of its threads is in a frozen cgroup.
+
+        Where Linux stops single threads, here the whole process stands still.
+        """
+        if not task.frozen or any(cgrp.e_freeze for cgrp in task.cgroups()):
+            return
+        task.frozen = False
         if task.owner is not None:
             task.owner.frozen(frozen=False, now_ns=now_ns)
         else:
