@@ -33,14 +33,12 @@ class Handle:
 
     __slots__ = ("cached", "caller", "ino", "next", "poll", "row", "seen", "text", "writer")
 
-    def __init__(
-        self, ino: int, row: CFType, caller: Caller, *, cached: bool, writer: bool
-    ) -> None:
+    def __init__(self, ino: int, row: CFType, caller: Caller) -> None:
         self.ino = ino
         self.row = row
         self.caller = caller
-        self.cached = cached
-        self.writer = writer
+        self.cached = False
+        self.writer = False
         self.text = b""
         self.next = 0
         self.seen = -1

@@ -44,6 +44,9 @@ _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 _Handler = Callable[Concatenate["Operations", _Args], _Result | Coroutine[Any, Any, _Result]]
 
+# Looked up once: an enumeration's members are found through a descriptor each time.
+_CONFIG = Kind.CONFIG
+_WRITES = os.O_ACCMODE | os.O_TRUNC
 _ALWAYS = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
 _EVENT = select.POLLPRI | select.POLLERR
 _KNOWN_CALLERS = 1024
@@ -61,20 +64,19 @@ def answers(
     The method is plain where nothing has to be waited for, and returns a coroutine where
     something has.
     """
+    plain: Callable[..., Any] = handler
 
     @functools.wraps(handler)
-    async def answer(self: Operations, *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+    async def answer(*args: Any) -> Any:  # noqa: ANN401
         try:
-            result = handler(self, *args, **kwargs)
-            if type(result) is CoroutineType:
-                return cast("_Result", await result)
-            return cast("_Result", result)
+            result: Any = plain(*args)
+            return await result if type(result) is CoroutineType else result
         except FUSEError:
             raise
         except CgroupError as error:
             raise FUSEError(error.errno) from None
         except Exception:
-            log.exception("%s%r is answered with EIO", handler.__name__, args)
+            log.exception("%s%r is answered with EIO", handler.__name__, args[1:])
             raise FUSEError(errno.EIO) from None
 
     return cast("Callable[Concatenate[Operations, _Args], Coroutine[Any, Any, _Result]]", answer)
@@ -435,16 +437,23 @@ class Operations:
         if not tree.alive(ino):
             raise FUSEError(self._error_of_removed(ino, ctx.pid))
         row: CFType = tree.row(ino)
-        writes = flags & (os.O_ACCMODE | os.O_TRUNC)
+        writes = flags & _WRITES
         caller = self._opener(ctx) if writes else self._caller(ctx)
-        if row.kind is not Kind.CONFIG or row.show is None:
-            return self._opened(Handle(ino, row, caller, cached=False, writer=False))
-        if writes:
-            handle = Handle(ino, row, caller, cached=False, writer=True)
-            ticket = self.gate.open_writer(ino, row.name)
-            return self._opened(handle) if ticket is None else self._open_parked(handle, ticket)
-        cached = self.gate.open_reader(ino, row.name)
-        return self._opened(Handle(ino, row, caller, cached=cached, writer=False))
+        handle = Handle(ino, row, caller)
+        if row.kind is _CONFIG and row.show is not None:
+            if writes:
+                handle.writer = True
+                ticket = self.gate.open_writer(ino, row.name)
+                if ticket is not None:
+                    return self._open_parked(handle, ticket)
+            elif self.gate.open_reader(ino, row.name):
+                handle.cached = True
+                info = self._cached
+                info.fh = self._files.add(handle)
+                return info
+        info = self._direct
+        info.fh = self._files.add(handle)
+        return info
 
     async def _open_parked(self, handle: Handle, ticket: Ticket) -> FileInfo:
         try:
@@ -452,7 +461,8 @@ class Operations:
         except BaseException:
             self.gate.close_writer(handle.ino)
             raise
-        return self._opened(handle)
+        self._direct.fh = self._files.add(handle)
+        return self._direct
 
     def _error_of_removed(self, ino: int, pid: int) -> int:
         """Opening by name is ENOENT, opening again through /proc/PID/fd is ENODEV (spec C.8).
@@ -469,34 +479,34 @@ class Operations:
         self._asked_again.add(asked)
         return errno.ESTALE
 
-    def _opened(self, handle: Handle) -> FileInfo:
-        info = self._cached if handle.cached else self._direct
-        info.fh = self._files.add(handle)
-        return info
-
     @answers
     def read(self, fh: int, off: int, size: int) -> bytes:
         """READ: text is generated at offset 0 and wherever the previous read did not end."""
         handle = self._files.files[fh]
         if off and off == handle.next:
             text = handle.text
-            if off >= len(text) and not self._tree.alive(handle.ino):
-                raise FUSEError(errno.ENODEV)
+            if off >= len(text):
+                if not self._tree.alive(handle.ino):
+                    raise FUSEError(errno.ENODEV)
+                return b""
         else:
             text = self._generate(handle)
-        chunk = text[off : off + size] if off or size < len(text) else text
+            if not off and size >= len(text):
+                handle.next = len(text)
+                return text
+        chunk = text[off : off + size]
         handle.next = off + len(chunk)
         return chunk
 
     def _generate(self, handle: Handle) -> bytes:
         tree = self._tree
         row = handle.row
-        if row.kind is Kind.LIVE:
+        if row.kind is not _CONFIG:
             tree.before_access()
         text: bytes = tree.read(handle.ino, handle.caller)
         if row.notify:
             handle.seen = tree.sequence(handle.ino)
-        elif text or row.kind is Kind.CONFIG:
+        elif text or row.kind is _CONFIG:
             # An empty list of processes has not been shown (kernfs_seq_show() did not run).
             handle.seen = 0
         handle.text = text
