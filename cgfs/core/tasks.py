@@ -323,10 +323,10 @@ class TaskTable:
             task.owner.moved(now_ns)
 
     def move_thread(self, task: Task, tid: int, dst: Cgroup, now_ns: int) -> None:
-        """Put one thread of a real process into a cgroup."""
+        """Put one thread of a real process into a cgroup; one that has exited stays behind."""
         hierarchy = dst.hierarchy
         src = task.place(hierarchy, tid)
-        if src is dst:
+        if src is dst or tid not in self.processes.threads(task.pid):
             self.release(task)
             return
         if tid == task.pid:

@@ -219,3 +219,22 @@ def test_release_does_not_run_for_a_cgroup_its_threads_process_joins(roots, v1, 
     v1.echo("101", "/a/tasks")
     v1.echo("100", "/a/cgroup.procs")
     assert released == []
+
+
+def test_root_lists_no_thread_that_is_elsewhere(v1, processes):
+    processes.start(100, 101, 102)
+    v1.mkdir("/a")
+    v1.echo("101", "/a/tasks")
+    assert v1.cat("/tasks") == "100\n102\n"
+    assert v1.cat("/a/tasks") == "101\n"
+
+
+def test_leader_that_exited_does_not_move_by_its_own_number(v1, processes):
+    processes.start(100, 101)
+    v1.mkdir("/a")
+    v1.mkdir("/b")
+    v1.echo("100", "/a/cgroup.procs")
+    processes.table[100] = [101]
+    v1.echo("100", "/b/tasks")
+    assert v1.cat("/a/tasks") == "101\n"
+    assert v1.cat("/b/cgroup.procs") == ""
