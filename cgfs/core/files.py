@@ -152,7 +152,7 @@ def _max_depth_write(cgrp: Cgroup, text: bytes, _opener: Caller, _now_ns: int) -
 def _stat_show(cgrp: Cgroup, _caller: Caller) -> str:
     names = list(cgrp.hierarchy.controllers)
     active = [(n, css.nr_active if (css := cgrp.css.get(n)) else 0) for n in names]
-    dying = [(n, css.nr_dying if (css := cgrp.css.get(n)) else 0) for n in names]
+    dying = [(n, cgrp.nr_dying_css(n)) for n in names]
     return "".join(
         [
             f"nr_descendants {cgrp.nr_descendants}\n",

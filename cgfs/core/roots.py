@@ -178,7 +178,7 @@ class Roots:
             if controller.hierarchy is not self.v2:
                 raise CgroupError(EBUSY, f"controller {name} is in another v1 hierarchy")
             root = controller.root_css()
-            if root.nr_active > 1 or root.nr_dying:
+            if root.nr_active > 1 or root.cgrp.nr_dying_css(name):
                 raise CgroupError(EBUSY, f"controller {name} is in use in v2")
 
     def unmount_v1(self, hierarchy: Hierarchy, now_ns: int = 0) -> None:

@@ -188,8 +188,16 @@ class HierarchyMachine(RuleBasedStateMachine):
 
     @invariant()
     def dying_is_what_is_pinned(self):
-        pinned = {c.cgrp for c in self.charges if c.cgrp.dead}
+        pinned = {cgrp for c in self.charges for cgrp in c.cgrp.ancestors() if cgrp.dead}
         assert self.v2.root.nr_dying == len(pinned)
+
+    @invariant()
+    def pinned_state_of_a_controller_is_dying_with_what_is_above_it(self):
+        offline = {css for c in self.charges for css in c.ancestors() if not css.online}
+        for cgrp in self.cgroups():
+            below = [css for css in offline if css.cgrp.is_descendant_of(cgrp)]
+            for name in CONTROLLERS:
+                assert cgrp.nr_dying_css(name) == sum(c.controller.name == name for c in below)
 
     @invariant()
     def controllers_are_enabled_from_the_top(self):
