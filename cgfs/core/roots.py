@@ -147,7 +147,7 @@ class Roots:
 
         Raises:
             CgroupError: EINVAL for an unknown controller, a bad name or neither; EBUSY while a
-                controller is in use elsewhere.
+                controller is in use elsewhere, or for the name of a hierarchy with others.
         """
         if name and not _V1_NAME.fullmatch(name):
             raise CgroupError(EINVAL, f"bad hierarchy name: {name}")
@@ -156,9 +156,9 @@ class Roots:
                 raise CgroupError(EINVAL, f"unknown controller: {controller}")
         if not controllers and not name:
             raise CgroupError(EINVAL, "neither controllers nor name= given")
-        for existing in self.hierarchies[1:]:
-            if set(existing.controllers) == set(controllers) and existing.name == name:
-                return existing
+        existing = self._find_v1(controllers, name)
+        if existing is not None:
+            return existing
         self._vet_takeover(controllers)
         next_id = max(h.id for h in self.hierarchies) + 1
         hierarchy = Hierarchy(self, next_id, 1, legacy.CORE_FILES, name)
@@ -172,6 +172,17 @@ class Roots:
             hierarchy.bind(bound, bound.hierarchy.unbind(bound))
         return hierarchy
 
+    def _find_v1(self, controllers: Sequence[str], name: str) -> Hierarchy | None:
+        """What is given has to match (Linux 6.12 cgroup-v1.c cgroup1_root_to_use())."""
+        for hierarchy in self.hierarchies[1:]:
+            if name and hierarchy.name != name:
+                continue
+            if not controllers or set(hierarchy.controllers) == set(controllers):
+                return hierarchy
+            if name:
+                raise CgroupError(EBUSY, f"hierarchy {name} has other controllers")
+        return None
+
     def _vet_takeover(self, controllers: Sequence[str]) -> None:
         for name in controllers:
             controller = self.controllers[name]
@@ -182,8 +193,12 @@ class Roots:
                 raise CgroupError(EBUSY, f"controller {name} is in use in v2")
 
     def unmount_v1(self, hierarchy: Hierarchy, now_ns: int = 0) -> None:
-        """Destroy a v1 hierarchy without child cgroups; one with children lives on invisibly."""
-        if hierarchy.root.children:
+        """Destroy a v1 hierarchy without child cgroups; one with children lives on invisibly.
+
+        A removed child that a charge pins counts: cgroup-v1.c lets the last mount go only when
+        the root's list of children is empty, and there it stays until it is freed.
+        """
+        if hierarchy.root.children or hierarchy.root.nr_dying:
             return
         for task in self.tasks:
             if task.places.pop(hierarchy, None) is not None:
