@@ -176,6 +176,7 @@ class RealProcesses:
         if self._watched.pop(tgid, None) is not None:
             self._pidfds.discard(tgid)
             self._stillborn.discard(tgid)
+            self._killer.forget(tgid)
 
     # News.
 
@@ -269,7 +270,6 @@ class RealProcesses:
         """A watched process is gone."""
         self.unwatch(tgid)
         self._freezer.forget(tgid)
-        self._killer.forget(tgid)
         if self.members is not None:
             self._departing = tgid
             self.members.exited(tgid, tgid, self._clock())

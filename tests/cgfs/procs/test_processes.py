@@ -263,3 +263,14 @@ def test_grandchild_is_known_also_when_both_are_seen_late(recorder, start, monke
     late.sync()
     late.close()
     assert len(recorder.children) == 2
+
+
+def test_number_of_a_killed_process_is_forgotten_with_the_watch(processes, start, monkeypatch):
+    child = start("sleep", "60")
+    processes.watch(child.pid)
+    processes.kill(child.pid)
+    processes.unwatch(child.pid)
+    sent = []
+    monkeypatch.setattr(processes._pidfds, "send", lambda *signal: sent.append(signal))
+    processes._killer.forked(child.pid, child.pid + 1)
+    assert sent == []
