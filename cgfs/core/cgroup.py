@@ -154,6 +154,16 @@ class Cgroup(Node):
             yield cgrp
             stack.extend(reversed(cgrp.children.values()))
 
+    def inhabited(self) -> Iterator[Cgroup]:
+        """Those of the subtree that have tasks themselves; branches without any cost nothing."""
+        stack = [self]
+        while stack:
+            cgrp = stack.pop()
+            if cgrp.has_tasks:
+                yield cgrp
+            if cgrp.nr_populated_children:
+                stack.extend(c for c in reversed(cgrp.children.values()) if c.populated)
+
     def is_descendant_of(self, other: Cgroup) -> bool:
         """Whether ``other`` is this cgroup or one of its ancestors."""
         return any(cgrp is other for cgrp in self.ancestors())

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cgfs.core import freezer
 from cgfs.core.caller import Caller
 
 
@@ -228,3 +229,18 @@ def test_frozen_process_that_joins_a_frozen_cgroup_generates_no_event(shell, pro
     recorder.heard.clear()
     shell.echo("100", "/b/cgroup.procs")
     assert recorder.of("modified") == [("/a", "cgroup.events")]
+
+
+def test_killing_and_reading_events_looks_only_where_somebody_is(nested, processes, monkeypatch):
+    looked = []
+    tasks_in = freezer._tasks_in
+    monkeypatch.setattr(
+        freezer, "_tasks_in", lambda cgrp: looked.append(cgrp.path) or tasks_in(cgrp)
+    )
+    nested.mkdir("/d/e")
+    nested.echo(f"{processes.start(100)}", "/d/c/cgroup.procs")
+    nested.echo("1", "/d/cgroup.freeze")
+    looked.clear()
+    nested.cat("/d/cgroup.events")
+    nested.echo("1", "/d/cgroup.kill")
+    assert set(looked) == {"/d/c"}
