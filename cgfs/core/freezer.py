@@ -101,5 +101,6 @@ def kill(cgrp: Cgroup, now_ns: int) -> None:
         if not found:
             return
         for task in found.values():
-            roots.tasks.kill(task, now_ns)
+            if roots.tasks.get(task.pid) is task:  # it may have ended with one before it
+                roots.tasks.kill(task, now_ns)
         killed.update(found)

@@ -244,3 +244,14 @@ def test_killing_and_reading_events_looks_only_where_somebody_is(nested, process
     nested.cat("/d/cgroup.events")
     nested.echo("1", "/d/cgroup.kill")
     assert set(looked) == {"/d/c"}
+
+
+def test_process_that_ends_with_another_is_not_killed_again(nested, roots, owner):
+    class Parent(type(owner)):
+        def killed(self, now_ns):
+            roots.exit(child)
+
+    roots.spawn(roots.v2.find("/d/c"), Parent())
+    child = roots.spawn(roots.v2.find("/d/c"), owner)
+    nested.echo("1", "/d/cgroup.kill")
+    assert owner.heard == []
