@@ -1,0 +1,263 @@
+"""The same random operations in both worlds, compared after every step.
+
+Needs both a cgroup2 to write to and /dev/fuse. A failure shows the walk up to the step that
+differs; the seed is in the test's name.
+"""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from conformance.calls import attempt, eventually, numbers, read, write
+from conformance.kids import Kid, fork_sleeper, start_thread
+from conformance.world import fresh
+
+# More of them: KVMSIM_WALKS=100 .venv/bin/pytest tests/conformance/test_random_walks.py
+WALKS = int(os.environ.get("KVMSIM_WALKS", "4"))
+STEPS = 100
+# Linux freezes, and counts what it takes down, a while after the write.
+SETTLE_S = 3.0
+NAMES = "abc"
+KIDS = 3
+DEPTH = 3
+TEXTS = (
+    "cgroup.type", "cgroup.events", "cgroup.freeze", "cgroup.controllers",
+    "cgroup.subtree_control", "cgroup.max.depth", "cgroup.max.descendants",
+)  # fmt: skip
+
+
+class Walker:
+    """One world in which a walk takes place: a cgroup D and some processes."""
+
+    def __init__(self, world, d):
+        self.world, self.d = world, d
+        self.kids = {}
+        self.labels = {}
+        for index in range(KIDS):
+            self.start(index)
+
+    def start(self, index):
+        """Starts process `index`, with a second thread."""
+        kid = self.kids[index] = Kid()
+        self.labels[kid.pid] = f"k{index}"
+        self.labels[kid.do(start_thread)] = f"k{index}t"
+
+    def end(self):
+        for kid in self.kids.values():
+            kid.end()
+
+    def step(self, operation):
+        """Carries out one operation; its result, in words both worlds share."""
+        name, *arguments = operation
+        return getattr(self, f"do_{name}")(*arguments)
+
+    def do_mkdir(self, where):
+        return attempt(os.mkdir, self.d / where)
+
+    def do_rmdir(self, where):
+        return attempt(os.rmdir, self.d / where)
+
+    def do_write(self, where, name, text):
+        text = text.replace("CONTROLLER", self.world.controller)
+        result = write(self.d / where / name, text.encode())
+        return "ok" if result == len(text) else result
+
+    def do_move(self, index, thread, where, name):
+        tid = next(t for t, label in self.labels.items() if label == f"k{index}{thread}")
+        return self.do_number(where, name, tid)
+
+    def do_number(self, where, name, number):
+        result = write(self.d / where / name, b"%d" % number)
+        return "ok" if result == len(str(number)) else result
+
+    def do_enter(self, index, where):
+        return self.kids[index].do(write, str(self.d / where / "cgroup.procs"), b"0")
+
+    def do_fork(self, index, label):
+        self.labels[self.kids[index].do(fork_sleeper)] = label
+        return "ok"
+
+    def do_kill(self, index):
+        self.kids[index].kill()
+        return "ok"
+
+    def do_restart(self, index):
+        self.kids[index].end()
+        self.labels = {t: label for t, label in self.labels.items() if label[:2] != f"k{index}"}
+        self.start(index)
+        return "ok"
+
+    def snapshot(self):
+        """Everything that the walk may have changed, by cgroup."""
+        return {
+            str(where.relative_to(self.d)): self.look(where)
+            for where in sorted(Path(path) for path, _, _ in os.walk(self.d))
+        }
+
+    def look(self, where):
+        """What one cgroup shows, with labels for numbers and one name for the controller."""
+        controller = self.world.controller.encode()
+        seen = {name: read(where / name) for name in TEXTS}
+        for name in ("cgroup.controllers", "cgroup.subtree_control"):
+            seen[name] = b"CONTROLLER" if controller in seen[name].split() else b""
+        seen["files"] = any(f.startswith(f"{self.world.controller}.") for f in os.listdir(where))
+        seen["nlink"] = os.stat(where).st_nlink
+        stat = dict(line.split() for line in read(where / "cgroup.stat").splitlines())
+        seen["descendants"] = stat[b"nr_descendants"], stat[b"nr_subsys_" + controller]
+        seen["procs"] = self.labelled(where / "cgroup.procs")
+        if seen["cgroup.type"] == b"domain threaded\n":
+            # Linux lists them by css_set, that is by where below each of them is.
+            seen["procs"].sort()
+        threads = self.labelled(where / "cgroup.threads")
+        seen["threads"] = sorted(threads) if isinstance(threads, list) else threads
+        return seen
+
+    def labelled(self, path):
+        found = numbers(path)
+        return found if isinstance(found, str) else [self.labels.get(n, n) for n in found]
+
+
+class Walk:
+    """Chooses operations; what it knows comes from the first world's snapshots."""
+
+    def __init__(self, seed):
+        self.chance = random.Random(seed)
+        # Ours stop whole processes, so that a frozen cgroup with some of the threads is not frozen:
+        # a walk splits processes, or it freezes.
+        self.splits = seed % 2 == 1
+        self.alive = set(range(KIDS))
+        self.forks = 0
+
+    def next(self, snapshot):
+        """An operation that has a fair chance to do something."""
+        chance = self.chance
+        where = chance.choice(sorted(snapshot))
+        live = sorted(self.running(snapshot))
+        index = chance.choice(live) if live else None
+        # Who enters a frozen cgroup does not come back to tell.
+        frozen = b"frozen 1" in snapshot[where]["cgroup.events"]
+        return chance.choices(
+            [
+                lambda: self.mkdir(where),
+                lambda: self.rmdir(where),
+                lambda: self.setting(where),
+                lambda: self.move(where),
+                lambda: ("enter", index, where) if live and not frozen else self.mkdir(where),
+                lambda: self.fork(index) if live else self.rmdir(where),
+                self.death,
+            ],
+            weights=[6, 3, 8, 8, 2, 1, 1],
+        )[0]()
+
+    def mkdir(self, where):
+        name = self.chance.choice(NAMES)
+        deep = where.count("/") >= DEPTH - 1
+        return "mkdir", name if where == "." or deep else f"{where}/{name}"
+
+    def rmdir(self, where):
+        return ("rmdir", where) if where != "." else ("write", ".", "cgroup.freeze", "0")
+
+    def setting(self, where):
+        name, text = self.chance.choice(
+            [
+                ("cgroup.type", "threaded"),
+                ("cgroup.type", "threaded"),
+                ("cgroup.freeze", "1"),
+                ("cgroup.freeze", "0"),
+                ("cgroup.freeze", "0"),
+                ("cgroup.subtree_control", "+CONTROLLER"),
+                ("cgroup.subtree_control", "+CONTROLLER"),
+                ("cgroup.subtree_control", "-CONTROLLER"),
+                ("cgroup.max.depth", self.chance.choice(["0", "1", "2", "max"])),
+                ("cgroup.max.depth", "max"),
+                ("cgroup.max.descendants", self.chance.choice(["0", "1", "3", "max"])),
+                ("cgroup.max.descendants", "max"),
+            ]
+        )
+        if name == "cgroup.freeze" and self.splits:
+            name, text = "cgroup.type", "threaded"
+        return "write", where, name, text
+
+    def move(self, where):
+        index = self.chance.choice(sorted(self.alive)) if self.alive else None
+        if index is None:
+            return "write", where, "cgroup.freeze", "0"
+        thread = self.chance.choice(["", "", "t"])
+        name = self.chance.choice(["cgroup.procs", "cgroup.threads"])
+        if not self.splits:
+            name = "cgroup.procs"
+        return "move", index, thread, where, name
+
+    def fork(self, index):
+        self.forks += 1
+        return "fork", index, f"k{index}f{self.forks}"
+
+    def death(self):
+        index = self.chance.randrange(KIDS)
+        if index in self.alive:
+            self.alive.remove(index)
+            return "kill", index
+        self.alive.add(index)
+        return "restart", index
+
+    def running(self, snapshot):
+        """Processes of which no thread is in a frozen cgroup, so that they can answer."""
+        frozen = {
+            label[:2]
+            for seen in snapshot.values()
+            for label in map(str, seen["threads"])
+            if b"frozen 1" in seen["cgroup.events"]
+        }
+        return {index for index in self.alive if f"k{index}" not in frozen}
+
+
+def settled(walkers):
+    """Snapshots that agree, or after some time two that do not."""
+    seen = []
+    eventually(lambda: both_agree(walkers, seen), SETTLE_S)
+    return seen
+
+
+def both_agree(walkers, seen):
+    seen[:] = [walker.snapshot() for walker in walkers]
+    return seen[0] == seen[1]
+
+
+def differing(linux, cgfs):
+    for where in sorted(set(linux) | set(cgfs)):
+        theirs, ours = linux.get(where, {}), cgfs.get(where, {})
+        for name in theirs | ours:
+            if theirs.get(name) != ours.get(name):
+                yield f"{where} {name}: Linux {theirs.get(name)!r}, ours {ours.get(name)!r}"
+
+
+@pytest.mark.parametrize("seed", range(WALKS))
+def test_a_random_walk_leads_to_the_same_places(linux_world, cgfs_world, seed):
+    with (
+        linux_world.locked(),
+        linux_world.root_controller(on=True),
+        cgfs_world.root_controller(on=True),
+        fresh(linux_world.root) as theirs,
+        fresh(cgfs_world.root) as ours,
+    ):
+        walkers = []
+        try:
+            walkers += [Walker(linux_world, theirs), Walker(cgfs_world, ours)]
+            follow(Walk(seed), walkers)
+        finally:
+            for walker in walkers:
+                walker.end()
+
+
+def follow(walk, walkers):
+    done = []
+    linux, _ = settled(walkers)
+    for _ in range(STEPS):
+        operation = walk.next(linux)
+        results = [walker.step(operation) for walker in walkers]
+        done.append(f"{operation} -> {results}")
+        history = "\n".join(done)
+        assert results[0] == results[1], history
+        linux, cgfs = settled(walkers)
+        assert linux == cgfs, "\n".join([history, *differing(linux, cgfs)])
