@@ -46,7 +46,7 @@ class Roots:
         hierarchies: v2 and the v1 ones, newest last.
         controllers: all controllers by name.
         tasks: the tracked processes.
-        nodes: what owns files, by block number; removed ones until the view drops them.
+        nodes: what owns files, by block number; removed ones until the listener drops them.
         listener: who hears of changes.
         release: runs a v1 release agent: (agent, path).
     """
@@ -59,7 +59,7 @@ class Roots:
         self._blocks = 0
         self._control_sets: dict[frozenset[str], frozenset[str]] = {}
         self.nodes: dict[int, Node] = {}
-        self.listener: ModelListener = Silence()
+        self.listener: ModelListener = Silence(self.nodes)
         self.release: Callable[[str, str], None] = _no_release
         self.processes: Processes = processes or NoProcesses()
         self.tasks = TaskTable(self.processes)

@@ -184,3 +184,11 @@ def test_stat_counts_dying_state_of_a_controller_that_is_off_here(shell):
     assert "nr_dying_subsys_misc 1\n" in shell.cat("/d/cgroup.stat")
     css.uncharge("sev")
     assert "nr_dying_subsys_misc 0\n" in shell.cat("/d/cgroup.stat")
+
+
+def test_removed_cgroup_that_no_view_shows_is_dropped(roots, shell):
+    shell.echo("+misc", "/cgroup.subtree_control")
+    before = set(roots.nodes)
+    shell.mkdir("/d")
+    shell.rmdir("/d")
+    assert set(roots.nodes) == before
