@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Iterator
     from types import TracebackType
 
-SLICE_NS = 3_000_000
+SLICE_NS = 5_000_000
 IDLE_MS = 5
 
 
@@ -54,6 +54,8 @@ class Driver:
         self._closing = False
         self._fd = -1
         self._poll = select.poll()
+        self._ask = self._poll.poll
+        self._now_ns = time.monotonic_ns
         self._turn = trio.Lock()
         self.lowlevel = SimpleNamespace(
             current_task=trio.lowlevel.current_task,
@@ -76,6 +78,7 @@ class Driver:
     def waiting(self) -> Iterator[None]:
         """A handler waits for another task, thread or time: the loop must run meanwhile."""
         self._waiting += 1
+        self._slice_end_ns = 0
         try:
             yield
         finally:
@@ -98,12 +101,7 @@ class Driver:
         trio.lowlevel.notify_closing(fd)
 
     def _wait_readable(self, fd: int) -> Awaitable[None]:
-        if (
-            self._direct
-            and not self._waiting
-            and time.monotonic_ns() < self._slice_end_ns
-            and self._poll.poll(self._idle_ms)
-        ):
+        if self._now_ns() < self._slice_end_ns and self._ask(self._idle_ms):
             return _AT_ONCE
         return self._wait_turn(fd)
 
@@ -117,9 +115,10 @@ class Driver:
                 if self._closing:
                     raise trio.ClosedResourceError
                 await trio.lowlevel.wait_readable(fd)
-                if self._poll.poll(0):
+                if self._ask(0):
                     break
-        self._slice_end_ns = time.monotonic_ns() + self._slice_ns
+        if self._direct and not self._waiting:
+            self._slice_end_ns = self._now_ns() + self._slice_ns
 
     def _adopt(self, fd: int) -> None:
         # A request can be withdrawn between poll and read (its sender is killed). A blocking

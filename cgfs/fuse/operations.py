@@ -431,15 +431,15 @@ class Operations:
         self, ino: int, flags: int, ctx: RequestContext
     ) -> FileInfo | Coroutine[Any, Any, FileInfo]:
         """OPEN: cached or direct, as the gate says."""
-        tree = self._tree
         if flags & os.O_DIRECT:
             raise FUSEError(errno.EINVAL)
-        if not tree.alive(ino):
+        node, slot = self._tree.resolve(ino)
+        if not node.online:
             raise FUSEError(self._error_of_removed(ino, ctx.pid))
-        row: CFType = tree.row(ino)
+        row: CFType = node.rows[slot - 1]
         writes = flags & _WRITES
         caller = self._opener(ctx) if writes else self._caller(ctx)
-        handle = Handle(ino, row, caller)
+        handle = Handle(ino, node, row, caller)
         if row.kind is _CONFIG and row.show is not None:
             if writes:
                 handle.writer = True
@@ -487,7 +487,7 @@ class Operations:
         if off and off == handle.next and not handle.cached:
             text = handle.text
             if off >= len(text):
-                if not self._tree.alive(handle.ino):
+                if not handle.node.online:
                     raise FUSEError(errno.ENODEV)
                 return b""
         else:
@@ -555,7 +555,7 @@ class Operations:
         handle = self._files.files[fh]
         if poll_handle is not None:
             self._files.poll(fh, handle, poll_handle)
-        if not self._tree.alive(ino):
+        if not handle.node.online:
             return _ALWAYS | _EVENT
         # What a cached descriptor has read, it read in the kernel.
         if handle.cached:
