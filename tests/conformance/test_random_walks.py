@@ -6,6 +6,8 @@ differs; the seed is in the test's name.
 
 import os
 import random
+import select
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ WALKS = int(os.environ.get("KVMSIM_WALKS", "4"))
 STEPS = 100
 # Linux freezes, and counts what it takes down, a while after the write.
 SETTLE_S = 3.0
+# Events within 10 ms are one, which comes at the end of them.
+MERGED_S = 0.012
 NAMES = "abc"
 KIDS = 3
 DEPTH = 3
@@ -34,6 +38,7 @@ class Walker:
         self.world, self.d = world, d
         self.kids = {}
         self.labels = {}
+        self.events = {}
         for index in range(KIDS):
             self.start(index)
 
@@ -46,6 +51,26 @@ class Walker:
     def end(self):
         for kid in self.kids.values():
             kid.end()
+        for fd in self.events.values():
+            os.close(fd)
+
+    def rearm(self):
+        """Reads every cgroup.events, so that a later event can be told."""
+        for where in list(self.events):
+            if not where.exists():
+                os.close(self.events.pop(where))
+        for path, _, _ in os.walk(self.d):
+            where = Path(path)
+            if where not in self.events:
+                self.events[where] = os.open(where / "cgroup.events", os.O_RDONLY)
+            os.pread(self.events[where], 100, 0)
+
+    def has_event(self, where):
+        """Whether cgroup.events of a cgroup that was there before the step has changed."""
+        poll = select.poll()
+        if where in self.events:
+            poll.register(self.events[where], select.POLLPRI)
+        return bool(poll.poll(0))
 
     def step(self, operation):
         """Carries out one operation; its result, in words both worlds share."""
@@ -103,6 +128,7 @@ class Walker:
             seen[name] = b"CONTROLLER" if controller in seen[name].split() else b""
         seen["files"] = any(f.startswith(f"{self.world.controller}.") for f in os.listdir(where))
         seen["nlink"] = os.stat(where).st_nlink
+        seen["event"] = self.has_event(where)
         stat = dict(line.split() for line in read(where / "cgroup.stat").splitlines())
         seen["descendants"] = stat[b"nr_descendants"], stat[b"nr_subsys_" + controller]
         seen["procs"] = self.labelled(where / "cgroup.procs")
@@ -255,6 +281,10 @@ def follow(walk, walkers):
     linux, _ = settled(walkers)
     for _ in range(STEPS):
         operation = walk.next(linux)
+        time.sleep(MERGED_S if walk.splits else 0)
+        # A process that comes or goes makes Linux thaw a frozen cgroup for a moment, with events.
+        for walker in walkers if walk.splits else []:
+            walker.rearm()
         results = [walker.step(operation) for walker in walkers]
         done.append(f"{operation} -> {results}")
         history = "\n".join(done)
