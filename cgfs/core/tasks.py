@@ -27,7 +27,7 @@ class RealTask:
     Attributes:
         tid: thread id.
         tgid: its process.
-        kthread: a kernel thread; those are not moved.
+        kthread: a kernel thread that must not be moved.
         zombie: no thread of the process lives.
         state: state letter of the thread.
         uid: real user id.
