@@ -280,6 +280,7 @@ class TaskTable:
             for cgrp in places.values():
                 cgrp.remove_stray(tid, now_ns)
         task.strays.clear()
+        task.frozen = False
         self._drop(task)
         for cgrp in list(task.places.values()):
             cgrp.remove_member(task, now_ns)

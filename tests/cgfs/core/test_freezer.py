@@ -255,3 +255,16 @@ def test_process_that_ends_with_another_is_not_killed_again(nested, roots, owner
     child = roots.spawn(roots.v2.find("/d/c"), owner)
     nested.echo("1", "/d/cgroup.kill")
     assert owner.heard == []
+
+
+def test_process_that_ends_while_it_is_moved_hears_no_more(nested, roots, owner):
+    class Last(type(owner)):
+        def moved(self, now_ns):
+            roots.exit(task)
+
+    last = Last()
+    task = roots.spawn(roots.v2.find("/d"), last)
+    nested.echo("1", "/d/c/cgroup.freeze")
+    nested.echo(f"{task.pid}", "/d/c/cgroup.procs")
+    assert last.heard == [("frozen", True)]
+    assert nested.cat("/d/c/cgroup.events") == "populated 0\nfrozen 1\n"
