@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import functools
 import logging
 import os
 import select
@@ -13,9 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
-from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -23,15 +20,18 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
 from cgfs.core.caller import Caller
 from cgfs.core.cftype import Kind
-from cgfs.errors import CgroupError
+from cgfs.fuse.answers import answers
 from cgfs.fuse.attributes import EntryCache, Owner, missing_entry
 from cgfs.fuse.changes import Changes
 from cgfs.fuse.gate import Gate, Ticket
 from cgfs.fuse.handles import Handle, OpenFiles
 from cgfs.fuse.inodes import Inodes
 from cgfs.fuse.notify import Notifier
+from cgfs.fuse.refusals import Refusals
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+
     from pyfuse3 import PollHandle, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
     from cgfs.core.cftype import CFType
@@ -40,9 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
-_Handler = Callable[Concatenate["Operations", _Args], _Result | Coroutine[Any, Any, _Result]]
 
 # Looked up once: an enumeration's members are found through a descriptor each time.
 _CONFIG = Kind.CONFIG
@@ -56,33 +54,7 @@ _SIZE_OF_REMOVED = 4096
 _CAPABILITY = b"security.capability"
 
 
-def answers(
-    handler: _Handler[_Args, _Result],
-) -> Callable[Concatenate[Operations, _Args], Coroutine[Any, Any, _Result]]:
-    """Makes a pyfuse3 handler of a method: the one place where errors become errnos.
-
-    The method is plain where nothing has to be waited for, and returns a coroutine where
-    something has.
-    """
-    plain: Callable[..., Any] = handler
-
-    @functools.wraps(handler)
-    async def answer(*args: Any) -> Any:  # noqa: ANN401
-        try:
-            result: Any = plain(*args)
-            return await result if type(result) is CoroutineType else result
-        except FUSEError:
-            raise
-        except CgroupError as error:
-            raise FUSEError(error.errno) from None
-        except Exception:
-            log.exception("%s%r is answered with EIO", handler.__name__, args[1:])
-            raise FUSEError(errno.EIO) from None
-
-    return cast("Callable[Concatenate[Operations, _Args], Coroutine[Any, Any, _Result]]", answer)
-
-
-class Operations:
+class Operations(Refusals):
     """The handlers pyfuse3 calls (same methods as ``pyfuse3.Operations``).
 
     Args:
@@ -290,11 +262,6 @@ class Operations:
         self._files.directories.pop(fh, None)
 
     @answers
-    def fsyncdir(self, fh: int, datasync: bool) -> None:
-        """FSYNCDIR: cgroupfs has no such thing; without an answer it would succeed."""
-        raise FUSEError(errno.EINVAL)
-
-    @answers
     def mkdir(
         self, parent: int, name: bytes, mode: int, ctx: RequestContext
     ) -> EntryAttributes | Coroutine[Any, Any, EntryAttributes]:
@@ -390,39 +357,6 @@ class Operations:
         if self.changes.pending and not self.notifier.settle_events():
             return self._then(None, entries_too=False)
         return None
-
-    @answers
-    def create(
-        self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
-    ) -> tuple[FileInfo, EntryAttributes]:
-        """CREATE of a name that is not there."""
-        raise FUSEError(errno.EACCES)
-
-    @answers
-    def mknod(
-        self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
-    ) -> EntryAttributes:
-        """MKNOD: cgroupfs has no such operation, but creates regular files (in vain)."""
-        raise FUSEError(errno.EACCES if stat.S_ISREG(mode) else errno.EPERM)
-
-    @answers
-    def symlink(
-        self, parent: int, name: bytes, target: bytes, ctx: RequestContext
-    ) -> EntryAttributes:
-        """SYMLINK."""
-        raise FUSEError(errno.EPERM)
-
-    @answers
-    def link(
-        self, ino: int, new_parent: int, new_name: bytes, ctx: RequestContext
-    ) -> EntryAttributes:
-        """LINK."""
-        raise FUSEError(errno.EPERM)
-
-    @answers
-    def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        """UNLINK."""
-        raise FUSEError(errno.EPERM)
 
     # Files
 
@@ -564,11 +498,6 @@ class Operations:
         return _ALWAYS if handle.seen == now else _ALWAYS | _EVENT
 
     @answers
-    def flush(self, fh: int) -> None:
-        """FLUSH: never asked again after this answer."""
-        raise FUSEError(errno.ENOSYS)
-
-    @answers
     def release(self, fh: int) -> None:
         """RELEASE; nobody waits for its answer."""
         handle = self._files.release(fh)
@@ -578,21 +507,6 @@ class Operations:
             self.gate.close_reader(handle.ino, handle.row.name)
         elif handle.writer:
             self.gate.close_writer(handle.ino)
-
-    @answers
-    def fsync(self, fh: int, datasync: bool) -> None:
-        """FSYNC."""
-        raise FUSEError(errno.ENOSYS)
-
-    @answers
-    def readlink(self, ino: int, ctx: RequestContext) -> bytes:
-        """READLINK; there are no links."""
-        raise FUSEError(errno.ENOSYS)
-
-    @answers
-    def access(self, ino: int, mode: int, ctx: RequestContext) -> bool:
-        """ACCESS; the kernel checks by itself (default_permissions)."""
-        raise FUSEError(errno.ENOSYS)
 
     # Waiting
 
