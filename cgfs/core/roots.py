@@ -115,10 +115,14 @@ class Roots:
             KeyError: the host does not have that controller.
         """
         hierarchy = self.controllers[controller].hierarchy
-        cgrp = self.cgroup_of(pid, hierarchy)
-        while controller not in cgrp.css and cgrp.parent is not None:
+        task = self.tasks.get(pid)
+        if task is not None and task.emulated:
+            cgrp = task.places[hierarchy]
+        else:
+            cgrp = self.cgroup_of(pid, hierarchy)
+        while (css := cgrp.css.get(controller)) is None and cgrp.parent is not None:
             cgrp = cgrp.parent
-        return cgrp.css[controller]
+        return cgrp.css[controller] if css is None else css
 
     def spawn(self, cgrp: Cgroup, owner: TaskOwner, now_ns: int = 0) -> Task:
         """Start an emulated process in a cgroup; it is in the root of every other hierarchy.
