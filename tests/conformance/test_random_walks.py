@@ -11,19 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conformance.calls import attempt, eventually, numbers, read, write
-from conformance.kids import Kid, fork_sleeper, start_thread
+from conformance.calls import read
+from conformance.walks import KIDS, WALKS, Walker, ended, follow
 from conformance.world import fresh
 
-# More of them: KVMSIM_WALKS=100 .venv/bin/pytest tests/conformance/test_random_walks.py
-WALKS = int(os.environ.get("KVMSIM_WALKS", "4"))
-STEPS = 100
-# Linux freezes, and counts what it takes down, a while after the write.
-SETTLE_S = 3.0
 # Events within 10 ms are one, which comes at the end of them.
 MERGED_S = 0.012
 NAMES = "abc"
-KIDS = 3
 DEPTH = 3
 TEXTS = (
     "cgroup.type", "cgroup.events", "cgroup.freeze", "cgroup.controllers",
@@ -31,28 +25,26 @@ TEXTS = (
 )  # fmt: skip
 
 
-class Walker:
-    """One world in which a walk takes place: a cgroup D and some processes."""
+class V2Walker(Walker):
+    """A v2 hierarchy; `watches` says whether events are part of what is seen."""
 
-    def __init__(self, world, d):
-        self.world, self.d = world, d
-        self.kids = {}
-        self.labels = {}
+    def __init__(self, world, d, watches):
+        self.world, self.watches = world, watches
         self.events = {}
-        for index in range(KIDS):
-            self.start(index)
-
-    def start(self, index):
-        """Starts process `index`, with a second thread."""
-        kid = self.kids[index] = Kid()
-        self.labels[kid.pid] = f"k{index}"
-        self.labels[kid.do(start_thread)] = f"k{index}t"
+        super().__init__(d)
 
     def end(self):
-        for kid in self.kids.values():
-            kid.end()
+        super().end()
         for fd in self.events.values():
             os.close(fd)
+
+    def do_write(self, where, name, text):
+        return super().do_write(where, name, text.replace("CONTROLLER", self.world.controller))
+
+    def prepare(self):
+        if self.watches:
+            time.sleep(MERGED_S)
+            self.rearm()
 
     def rearm(self):
         """Reads every cgroup.events, so that a later event can be told."""
@@ -72,54 +64,6 @@ class Walker:
             poll.register(self.events[where], select.POLLPRI)
         return bool(poll.poll(0))
 
-    def step(self, operation):
-        """Carries out one operation; its result, in words both worlds share."""
-        name, *arguments = operation
-        return getattr(self, f"do_{name}")(*arguments)
-
-    def do_mkdir(self, where):
-        return attempt(os.mkdir, self.d / where)
-
-    def do_rmdir(self, where):
-        return attempt(os.rmdir, self.d / where)
-
-    def do_write(self, where, name, text):
-        text = text.replace("CONTROLLER", self.world.controller)
-        result = write(self.d / where / name, text.encode())
-        return "ok" if result == len(text) else result
-
-    def do_move(self, index, thread, where, name):
-        tid = next(t for t, label in self.labels.items() if label == f"k{index}{thread}")
-        return self.do_number(where, name, tid)
-
-    def do_number(self, where, name, number):
-        result = write(self.d / where / name, b"%d" % number)
-        return "ok" if result == len(str(number)) else result
-
-    def do_enter(self, index, where):
-        return self.kids[index].do(write, str(self.d / where / "cgroup.procs"), b"0")
-
-    def do_fork(self, index, label):
-        self.labels[self.kids[index].do(fork_sleeper)] = label
-        return "ok"
-
-    def do_kill(self, index):
-        self.kids[index].kill()
-        return "ok"
-
-    def do_restart(self, index):
-        self.kids[index].end()
-        self.labels = {t: label for t, label in self.labels.items() if label[:2] != f"k{index}"}
-        self.start(index)
-        return "ok"
-
-    def snapshot(self):
-        """Everything that the walk may have changed, by cgroup."""
-        return {
-            str(where.relative_to(self.d)): self.look(where)
-            for where in sorted(Path(path) for path, _, _ in os.walk(self.d))
-        }
-
     def look(self, where):
         """What one cgroup shows, with labels for numbers and one name for the controller."""
         controller = self.world.controller.encode()
@@ -138,10 +82,6 @@ class Walker:
         threads = self.labelled(where / "cgroup.threads")
         seen["threads"] = sorted(threads) if isinstance(threads, list) else threads
         return seen
-
-    def labelled(self, path):
-        found = numbers(path)
-        return found if isinstance(found, str) else [self.labels.get(n, n) for n in found]
 
 
 class Walk:
@@ -238,56 +178,18 @@ class Walk:
         return {index for index in self.alive if f"k{index}" not in frozen}
 
 
-def settled(walkers):
-    """Snapshots that agree, or after some time two that do not."""
-    seen = []
-    eventually(lambda: both_agree(walkers, seen), SETTLE_S)
-    return seen
-
-
-def both_agree(walkers, seen):
-    seen[:] = [walker.snapshot() for walker in walkers]
-    return seen[0] == seen[1]
-
-
-def differing(linux, cgfs):
-    for where in sorted(set(linux) | set(cgfs)):
-        theirs, ours = linux.get(where, {}), cgfs.get(where, {})
-        for name in theirs | ours:
-            if theirs.get(name) != ours.get(name):
-                yield f"{where} {name}: Linux {theirs.get(name)!r}, ours {ours.get(name)!r}"
-
-
 @pytest.mark.parametrize("seed", range(WALKS))
 def test_a_random_walk_leads_to_the_same_places(linux_world, cgfs_world, seed):
+    walk = Walk(seed)
     with (
         linux_world.locked(),
         linux_world.root_controller(on=True),
         cgfs_world.root_controller(on=True),
         fresh(linux_world.root) as theirs,
         fresh(cgfs_world.root) as ours,
+        ended([]) as walkers,
     ):
-        walkers = []
-        try:
-            walkers += [Walker(linux_world, theirs), Walker(cgfs_world, ours)]
-            follow(Walk(seed), walkers)
-        finally:
-            for walker in walkers:
-                walker.end()
-
-
-def follow(walk, walkers):
-    done = []
-    linux, _ = settled(walkers)
-    for _ in range(STEPS):
-        operation = walk.next(linux)
-        time.sleep(MERGED_S if walk.splits else 0)
         # A process that comes or goes makes Linux thaw a frozen cgroup for a moment, with events.
-        for walker in walkers if walk.splits else []:
-            walker.rearm()
-        results = [walker.step(operation) for walker in walkers]
-        done.append(f"{operation} -> {results}")
-        history = "\n".join(done)
-        assert results[0] == results[1], history
-        linux, cgfs = settled(walkers)
-        assert linux == cgfs, "\n".join([history, *differing(linux, cgfs)])
+        walkers.append(V2Walker(linux_world, theirs, watches=walk.splits))
+        walkers.append(V2Walker(cgfs_world, ours, watches=walk.splits))
+        follow(walk, walkers)
