@@ -1,6 +1,7 @@
 import json
 import os
 import subprocess
+import time
 
 import pytest
 
@@ -38,6 +39,17 @@ def test_v1_mount_has_the_files_of_v1(shell, fuse):
     assert {"tasks", "notify_on_release", "encryption_ids.sev.max"} <= set(os.listdir(tree / "a"))
     assert not (tree / "cgroup.controllers").exists()
     succeeded(shell.cgfs("umount", "tree"))
+
+
+def test_times_of_the_root_and_its_files_are_that_of_the_mount(shell, fuse):
+    before_ns = time.time_ns()
+    succeeded(shell.cgfs("mount", "tree"))
+    after_ns = time.time_ns()
+    (shell.home / "tree/tenant").mkdir()
+    root = (shell.home / "tree/cgroup.procs").stat()
+    tenant = (shell.home / "tree/tenant").stat()
+    succeeded(shell.cgfs("umount", "tree"))
+    assert before_ns <= root.st_mtime_ns <= after_ns <= tenant.st_mtime_ns <= time.time_ns()
 
 
 def test_resource_of_ones_own_is_counted_by_misc(shell, fuse):
