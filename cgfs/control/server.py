@@ -25,7 +25,7 @@ from cgfs.control.protocol import (
     Request,
     decode_request,
     encode_line,
-    raw,
+    encode_shown,
 )
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,8 @@ class Server:
         try:
             request = decode_request(line)
             number = request.id
-            return Reply(number, result=raw(await self._call(request, peer)))
+            result = await self._call(request, peer)
+            return Reply(number, result=msgspec.Raw(encode_shown(result)))
         except CommandError as failure:
             return Reply(number, problem=Problem.of(failure))
         except Exception as error:  # the connection goes on whatever a method raises

@@ -58,6 +58,14 @@ def test_resource_of_ones_own_is_counted_by_misc(shell, fuse):
     succeeded(shell.cgfs("umount", "tree"))
 
 
+def test_tree_shows_a_cgroup_whose_name_is_not_utf8(shell, fuse):
+    succeeded(shell.cgfs("mount", "tree"))
+    (shell.home / "tree" / os.fsdecode(b"bad\xff")).mkdir()
+    tree = json.loads(succeeded(shell.cgfs("tree", "tree", "--json")))
+    succeeded(shell.cgfs("umount", "tree"))
+    assert [child["path"] for child in tree["children"]] == [r"/bad\xff"]
+
+
 def test_tree_shows_limits_and_members(shell, fuse):
     succeeded(shell.cgfs("mount", "tree", "-o", "misc,sev=10"))
     root = shell.home / "tree"
