@@ -230,7 +230,7 @@ class Vcpu(VcpuFile):
             return
         self.closed = True
         if self.owed:
-            self.vm.accounting.bus_lock_cancel(self, max(now_ns, self.since_ns))
+            self.vm.accounting.bus_lock_cancel(self.pid, self, max(now_ns, self.since_ns))
             self.owed = False
         self.phase = run.OUT
         self.vm.put()
