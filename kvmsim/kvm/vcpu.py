@@ -188,7 +188,9 @@ class Vcpu(VcpuFile):
             self.bus_lock_exit = armed
         self.stop = self.pending = None
         if self.intercepted:
-            # The lock it was about to take is not coming.
+            # The lock it was about to take is not coming; it may have been asked for already.
+            if self.owed and not self.compare_due:
+                self.vm.accounting.bus_lock_cancel(self.pid, self, self.since_ns)
             self.intercepted = self.compare_due = self.owed = False
 
     def cpuid_changed(self) -> None:
