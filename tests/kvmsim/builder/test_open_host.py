@@ -159,6 +159,18 @@ async def test_cgroup_kill_ends_the_vms_in_it(host):
     host.files.rmdir(f"{CGROUP}/tenant")
 
 
+async def test_vm_killed_before_it_runs_gives_everything_back(host):
+    def engines(_vcpu):
+        set_tenant(host, "cgroup.kill", "1")
+        return Scripted([Hlt()])
+
+    host.start_vm(StartVm("a", type="sev", cgroup="/tenant"), engines=engines)
+    assert host.vms == {}
+    assert not host.system.vms
+    assert tenant(host, "cgroup.procs") == ""
+    assert tenant(host, "misc.current") == "sev 0\nsev_es 0\n"
+
+
 async def test_freezer_stops_the_guest_and_lets_it_go_on(host, autojump_clock):
     start(host, "a", guest="buslock rate=1000")
     await trio.sleep(1)
