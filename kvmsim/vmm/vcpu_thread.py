@@ -42,6 +42,13 @@ PHASES = (
     *("ratelimited", "ready", "halted", "stopped"),
 )
 
+MAX_STOPS_AT_ONCE = 100_000
+"""Stops of one vCPU at one instant, after which its guest is taken for stuck there.
+
+Time moves on only when nothing more is due: a guest that stops for ever and takes no time would
+hold up the whole host.
+"""
+
 
 class VcpuThread(Scheduled):
     """The thread of one vCPU.
@@ -59,6 +66,8 @@ class VcpuThread(Scheduled):
     __slots__ = (
         "_burst_ns",
         "_done",
+        "_instant_ns",
+        "_nr_at_once",
         "_since_ns",
         "_work_ns",
         "error",
@@ -82,6 +91,8 @@ class VcpuThread(Scheduled):
         self._burst_ns = 0  # guest time asked for when the guest was entered
         self._work_ns = 0  # guest time of bursts that are over
         self._since_ns = 0
+        self._instant_ns = 0  # when the guest was last entered for no time at all
+        self._nr_at_once = 0  # and how often that was at this instant
         self._done: Callable[[int], None] | None = None
         vcpu.on_wake = self._woken
 
@@ -195,6 +206,8 @@ class VcpuThread(Scheduled):
                     self.phase = GUEST
                     self._burst_ns = guest_ns = blocked.guest_ns
                     self.vmm.timeline.run_for(self, guest_ns)
+                    if not guest_ns:
+                        self._count_at_once(now_ns)
                     return
                 if blocked is not None:
                     self._wait(blocked, now_ns)
@@ -204,6 +217,15 @@ class VcpuThread(Scheduled):
             if not self._post_run(now_ns):
                 return
             call = self.vcpu.kvm_run
+
+    def _count_at_once(self, now_ns: int) -> None:
+        """The guest stops without having taken time; the VM ends if that goes on for ever."""
+        if now_ns != self._instant_ns:
+            self._instant_ns = now_ns
+            self._nr_at_once = 0
+        self._nr_at_once += 1
+        if self._nr_at_once > MAX_STOPS_AT_ONCE:
+            self.vmm.guest_stuck(self, MAX_STOPS_AT_ONCE, now_ns)
 
     def _wait(self, blocked: Blocked, now_ns: int) -> None:
         if type(blocked) is not Halted:

@@ -242,6 +242,10 @@ class Vmm:
         assert thread.error is not None
         self._fail(f"error: kvm run failed {os.strerror(thread.error.errno)}", now_ns)
 
+    def guest_stuck(self, thread: VcpuThread, nr_stops: int, now_ns: int) -> None:
+        """A guest does not get on: it stops again and again at one instant."""
+        self._fail(f"vCPU {thread.vcpu.id}: {nr_stops} stops in a row took no time", now_ns)
+
     def _fail(self, error: str, now_ns: int) -> None:
         self.error = error
         self._enter(RunState.INTERNAL_ERROR, now_ns)

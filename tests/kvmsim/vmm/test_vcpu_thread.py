@@ -7,6 +7,7 @@ import pytest
 from kvmsim.abi.exits import Exit
 from kvmsim.engine.base import BusLock, Hlt, InKernel, Io, Mmio
 from kvmsim.errors import KvmError
+from kvmsim.vmm import vcpu_thread
 
 S = 1_000_000_000
 MS = 1_000_000
@@ -262,3 +263,34 @@ def test_run_once_keeps_the_error(host):
 
     assert done == [0]
     assert isinstance(thread.error, KvmError)
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [InKernel(), Io(data=b"x"), Hlt(wake_after_ns=0), BusLock()],
+    ids=lambda s: type(s).__name__,
+)
+def test_guest_that_stops_for_ever_at_one_instant_is_ended(host, stop, monkeypatch):
+    monkeypatch.setattr(vcpu_thread, "MAX_STOPS_AT_ONCE", 50)
+    stuck = host.vm([stop], [stop], loop=0, name="stuck")
+    other = host.vm([InKernel(after_ns=MS)], loop=0, name="other")
+    stuck.start(0)
+    other.start(0)
+
+    assert host.timeline.advance(S, max_steps=10_000)
+
+    state = stuck.statistics()
+    assert state.state == "internal-error"
+    assert state.error == "vCPU 0: 50 stops in a row took no time"
+    assert [thread.phase for thread in state.threads] == ["parked", "parked"]
+    assert other.statistics().work_ns == S
+
+
+def test_many_stops_at_one_instant_between_which_time_passes_are_no_error(host, monkeypatch):
+    monkeypatch.setattr(vcpu_thread, "MAX_STOPS_AT_ONCE", 50)
+    vmm = host.vm([*[InKernel()] * 40, InKernel(after_ns=1)], loop=0)
+    vmm.start(0)
+
+    host.timeline.advance(10)
+
+    assert vmm.statistics().state == "running"
