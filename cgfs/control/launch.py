@@ -88,9 +88,13 @@ def launch(
     with ExitStack() as lock:
         lock.enter_context(runtime.locked())
         place = prepare(directory, DOWN[kind], nonempty=nonempty)
-        # What a server that died has left, with its mount cleared by somebody else.
-        thaw_recorded(runtime.frozen(place.directory), os.geteuid())
-        runtime.remove(place.directory)
+        try:
+            # What a server that died has left, with its mount cleared by somebody else.
+            thaw_recorded(runtime.frozen(place.directory), os.geteuid())
+            runtime.remove(place.directory)
+        except OSError:
+            place.abandon()
+            raise
         if foreground:
             readiness = Readiness(when_ready=lock.close)
             _serve(serve, Launch(kind, place, runtime, readiness, None))

@@ -50,6 +50,13 @@ def test_server_that_cannot_start_leaves_nothing(runtime, tmp_path):
     assert not (tmp_path / "tree").exists()
 
 
+def test_leftovers_that_cannot_be_cleared_leave_no_directory(runtime, tmp_path):
+    runtime.socket(tmp_path / "tree").mkdir()
+    with pytest.raises(IsADirectoryError):
+        launch("cgfs", tmp_path / "tree", lambda _launched: None)
+    assert not (tmp_path / "tree").exists()
+
+
 def test_server_that_breaks_later_leaves_its_log(runtime, tmp_path):
     def serve(launched):
         launched.ready()
