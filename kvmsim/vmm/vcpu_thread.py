@@ -10,7 +10,7 @@ its time has come.
 
 from __future__ import annotations
 
-from errno import EAGAIN, EINTR
+from errno import EAGAIN, EINTR, EIO
 from typing import TYPE_CHECKING
 
 from kvmsim.abi.exits import KVM_RUN_X86_BUS_LOCK, Exit
@@ -114,7 +114,7 @@ class VcpuThread(Scheduled):
             self._start_at(now_ns)
 
     def run_once(self, now_ns: int, done: Callable[[int], None]) -> None:
-        """Make one KVM_RUN and handle nothing but the limiter.
+        """Make one KVM_RUN and handle nothing but the limiter. A frozen process waits first.
 
         Args:
             now_ns: when.
@@ -145,7 +145,7 @@ class VcpuThread(Scheduled):
             if self._returned(now_ns):
                 self._run(self.vcpu.kvm_run, now_ns)
         elif phase == STARTING:
-            if self.vmm.runs or self._done is not None:
+            if self.vmm.runs or (self._done is not None and not self.vmm.is_frozen):
                 self._run(self.vcpu.kvm_run, now_ns)
             else:
                 self.phase = PARKED
@@ -175,10 +175,19 @@ class VcpuThread(Scheduled):
         else:
             self.vcpu.wake(now_ns)
 
-    def stop(self) -> None:
-        """The thread ends."""
+    def thaw(self, now_ns: int) -> None:
+        """Make the one KVM_RUN that was asked for while the process was frozen."""
+        if self._done is not None:
+            self.start(now_ns)
+
+    def stop(self, now_ns: int) -> None:
+        """The thread ends; whoever waits for its KVM_RUN is told so."""
         self.vmm.timeline.drop(self)
         self.phase = STOPPED
+        done, self._done = self._done, None
+        if done is not None:
+            self.error = KvmError(EIO, "the VM has ended")
+            done(now_ns)
 
     def _start_at(self, now_ns: int) -> None:
         self.phase = STARTING

@@ -185,7 +185,7 @@ class Vmm:
         self.state = RunState.SHUTDOWN
         self.runs = False
         for thread in self.threads:
-            thread.stop()
+            thread.stop(now_ns)
         self.vm.close(now_ns)
         if self.on_stopped is not None:
             self.on_stopped(self, now_ns)
@@ -200,6 +200,9 @@ class Vmm:
         """The freezer signals threads out of KVM_RUN; an owed bus lock stays owed."""
         self.is_frozen = frozen
         self._enter(self.state, now_ns)
+        if not frozen:
+            for thread in self.threads:
+                thread.thaw(now_ns)
 
     def moved(self, now_ns: int) -> None:
         """Bus locks that wait do so in the new cgroup from here on."""
