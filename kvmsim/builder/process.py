@@ -120,4 +120,5 @@ class VmProcess:
                 )
                 for thread in vmm.threads
             ],
+            error=vmm.error,
         )

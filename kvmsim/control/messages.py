@@ -72,6 +72,7 @@ class VmSnapshot(msgspec.Struct, frozen=True):
         throttled_ns: vCPU time spent waiting in the kernel for ``bus_lock.max``.
         ratelimit_ns: vCPU time spent sleeping in the VMM for ``bus_lock_ratelimit``.
         vcpus: one snapshot each.
+        error: why it is in ``internal-error``; empty otherwise.
     """
 
     name: str
@@ -88,6 +89,7 @@ class VmSnapshot(msgspec.Struct, frozen=True):
     throttled_ns: int
     ratelimit_ns: int
     vcpus: list[VcpuSnapshot]
+    error: str = ""
 
 
 class Resource(msgspec.Struct, frozen=True):
