@@ -15,7 +15,7 @@ TYPES = ("default", "sev", "sev-es", "snp", "tdx")
 COLUMNS = ("NAME", "TYPE", "STATE", "CGROUP", "PID", "ASID", "VCPUS", "BUS LOCKS", "UPTIME")
 
 
-@click.group("vm", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("vm", no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 def vm_group() -> None:
     """Start, stop and look at emulated virtual machines."""
 
@@ -68,7 +68,7 @@ def start_command(
 
     The last two also take jitter=none (periodic; else poisson), cpl=0 to 3 (of the code
     that locks; else 3) and sleep=MS (how long a halt lasts; else 1).
-    """
+    """  # noqa: D301 - click wants the control character
     if not name or "/" in name or any(not c.isprintable() for c in name):
         raise CommandError(f"vm {name!r}: not a name", os.EX_USAGE)
     request = StartVm(name, vm_type, cgroup, guest, vcpus, bus_lock_ratelimit, seed)
