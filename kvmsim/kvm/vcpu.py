@@ -187,6 +187,7 @@ class Vcpu(VcpuFile):
         if self.vm.machine.preset.vendor == "intel":
             self.bus_lock_exit = armed
         self.stop = self.pending = None
+        self.io_done = 0
         if self.intercepted:
             # The lock it was about to take is not coming; it may have been asked for already.
             if self.owed and not self.compare_due:
