@@ -140,6 +140,8 @@ class VcpuThread(Scheduled):
             self.vcpu.wake(now_ns)
             self._run(self.vcpu.resume, now_ns)
         elif phase == SLEEPING:
+            if self.vmm.is_frozen:
+                return  # the sleep ends with the thaw
             self.ratelimit_ns += now_ns - self._since_ns
             self.phase = PARKED
             if self._returned(now_ns):
@@ -176,8 +178,10 @@ class VcpuThread(Scheduled):
             self.vcpu.wake(now_ns)
 
     def thaw(self, now_ns: int) -> None:
-        """Make the one KVM_RUN that was asked for while the process was frozen."""
-        if self._done is not None:
+        """Go on with what the freezer held up: a sleep that was over, one KVM_RUN asked for."""
+        if self.phase == SLEEPING and not self.ticket:
+            self.vmm.timeline.sleep_until(self, now_ns)
+        elif self._done is not None:
             self.start(now_ns)
 
     def stop(self, now_ns: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmsim.abi.exits import Exit
-from kvmsim.engine.base import BusLock, Hlt, InKernel, Io, Mmio
+from kvmsim.engine.base import BusLock, Hlt, InKernel, Io, Mmio, Shutdown
 from kvmsim.errors import KvmError
 from kvmsim.vmm import vcpu_thread
 
@@ -115,6 +115,34 @@ def test_kick_does_not_cut_a_limiter_sleep_short(host):
     assert vmm.statistics().threads[0].phase == "parked"
     assert vmm.threads[0].ratelimit_ns == S
     assert vmm.threads[0].vcpu.bus_locks == 1
+
+
+def test_limiter_sleep_of_a_frozen_vm_ends_with_the_thaw(host):
+    vmm = host.vm([Shutdown(10, bus_lock=True)], bus_lock_ratelimit=1)
+    vmm.start(0)
+    host.timeline.advance(20)
+    vmm.frozen(True, 20)
+
+    host.timeline.advance(5 * S)
+    frozen = vmm.statistics()
+    vmm.frozen(False, 5 * S)
+    host.timeline.advance(5 * S)
+
+    assert (frozen.state, frozen.threads[0].phase) == ("running", "ratelimited")
+    assert vmm.statistics().state == "shutdown"
+    assert vmm.threads[0].ratelimit_ns == 5 * S - 10
+
+
+def test_thaw_does_not_cut_a_limiter_sleep_short(host):
+    vmm = host.vm([BusLock(10), BusLock(10)], bus_lock_ratelimit=1)
+    vmm.start(0)
+    host.timeline.advance(20)
+
+    vmm.frozen(True, 20)
+    vmm.frozen(False, 30)
+    host.timeline.advance(2 * S)
+
+    assert vmm.threads[0].ratelimit_ns == S
 
 
 def test_pause_interrupts_the_guest_and_the_rest_follows_after_resume(host):
