@@ -127,16 +127,21 @@ def _run(serve: Callable[[Readiness], None], readiness: Readiness) -> int:
     try:
         serve(readiness)
     except CommandError as failure:
-        # The command first: the disk with the log may be full.
+        _log(failure.message)
         readiness.failed(failure)
-        print(failure.message, file=sys.stderr)  # noqa: T201 - standard error is the log
         return failure.exit_code
     except BaseException as error:  # the last chance to say what happened
+        _log(traceback.format_exc())
         unexpected = _unexpected(error)
         readiness.failed(unexpected)
-        traceback.print_exc()
         return unexpected.exit_code
     return os.EX_OK
+
+
+def _log(text: str) -> None:
+    """Writes to standard error, which is the log; its disk may be full."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)  # noqa: T201 - logging may not be set up yet
 
 
 def _unexpected(error: BaseException) -> CommandError:
