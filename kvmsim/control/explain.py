@@ -1,7 +1,7 @@
 """The model's errors as the one line and the exit code of a command."""
 
 import os
-from errno import ENOSPC
+from errno import EBUSY, ENOSPC
 
 from cgfs.control.errors import EXIT_OF_ERRNO, CommandError, from_errno
 from cgfs.errors import CgroupError, ChargeRefused
@@ -25,6 +25,9 @@ def explain(error: BaseException | None) -> CommandError | None:
         case KvmError():
             # A refused charge knows more than the ioctl that passes it on.
             known = explain(error.__cause__) or _with_code(str(error), error.errno)
+        case CgroupError() if error.errno == EBUSY:
+            # Not a limit: a cgroup that takes no processes will not by being asked again.
+            known = CommandError(from_errno(str(error), EBUSY).message, errno=EBUSY)
         case CgroupError():
             known = from_errno(str(error), error.errno)
         case ConfigError():

@@ -32,6 +32,13 @@ def test_exhausted_machine_is_told_as_the_host():
     assert told(refused) == (line, os.EX_TEMPFAIL)
 
 
+def test_cgroup_that_takes_no_processes_is_no_failure_that_may_pass():
+    assert told(CgroupError(errno.EBUSY, "cgroup /a takes no processes")) == (
+        "cgroup /a takes no processes (EBUSY)",
+        os.EX_UNAVAILABLE,
+    )
+
+
 def test_resource_of_a_preset_is_called_by_its_name():
     assert told(ChargeRefused("epc", "/t", "misc.max", "epc 1"))[0].startswith("no epc: ")
 
