@@ -22,6 +22,7 @@ from cgfs.control.protocol import LineBuffer, Problem
 from cgfs.control.runtime_dir import open_log
 
 READY_SECONDS = 60.0
+END_SECONDS = 5.0
 
 
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -190,9 +191,25 @@ def _wait_ready(pipe: int, log: Path) -> int:
     except BaseException:
         # Also an interrupted command (Ctrl-C) leaves no server behind.
         if pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+            _end(pid)
         raise
+
+
+def _end(pid: int) -> None:
+    """Ends a server that never got ready, gently first: it may have mounted, or hang."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            signal.pidfd_send_signal(process, number)
+            if select.select([process], [], [], END_SECONDS)[0]:
+                return
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(process)
 
 
 def _last_words(log: Path) -> str:

@@ -110,6 +110,22 @@ def test_server_that_never_gets_ready_is_ended(log, monkeypatch):
     wait_gone(int(seen.read_text()))
 
 
+def test_server_that_hangs_before_it_is_ready_is_killed(log, monkeypatch):
+    monkeypatch.setattr(daemon, "READY_SECONDS", 0.5)
+    monkeypatch.setattr(daemon, "END_SECONDS", 0.1)
+    seen = log.with_name("pid")
+
+    def serve(_readiness):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        seen.write_text(str(os.getpid()))
+        while True:
+            signal.pause()
+
+    with pytest.raises(CommandError, match="not ready after"):
+        start(serve, log)
+    assert start_time(int(seen.read_text())) is None
+
+
 def test_foreground_server_tells_nobody_but_its_caller():
     told = []
     readiness = Readiness(when_ready=lambda: told.append("ready"))
