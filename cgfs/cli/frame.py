@@ -37,6 +37,8 @@ class LazyGroup(click.Group):
         names = {"help_option_names": ["-h", "--help"]}
         # A missing command is a failure like any other: one line.
         super().__init__(name, help=help, no_args_is_help=False, context_settings=names)
+        # Read from the metadata when asked for; both programs are of one distribution.
+        click.version_option(None, "--version", package_name="kvmsim")(self)
         self.subcommands = {**subcommands, **(hidden_subcommands or {})}
         self._shown = sorted(subcommands)
 

@@ -113,7 +113,8 @@ def drawn(group: Group, name: str = "/") -> "Tree":
 
 def summary(group: Group) -> str:
     """Members, state and use of one cgroup in one line."""
-    parts = [f"{len(group.procs)} processes"] if group.procs else []
+    count = len(group.procs)
+    parts = [f"{count} process{'' if count == 1 else 'es'}"] if count else []
     parts += ["frozen"] if group.frozen else []
     parts += [group.type] if group.type != "domain" else []
     for file, value in group.files.items():

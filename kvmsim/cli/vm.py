@@ -82,10 +82,18 @@ def start_command(
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @host_option
 def stop_command(names: tuple[str, ...], host: Path | None) -> None:
-    """Stop VMs; their ASIDs and charges are released."""
+    """Stop VMs; their ASIDs and charges are released. One that fails does not keep the others."""
+    errors: list[CommandError] = []
     with connect(host) as client:
         for name in names:
-            client.call("vm.stop", NamedVm(name), VmSnapshot)
+            try:
+                client.call("vm.stop", NamedVm(name), VmSnapshot)
+            except CommandError as refused:
+                errors.append(refused)
+    for error in errors[:-1]:
+        click.echo(f"kvmsim: {error.message}", err=True)
+    if errors:
+        raise errors[-1]
 
 
 @vm_group.command("list")

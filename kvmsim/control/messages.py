@@ -10,6 +10,8 @@ import msgspec
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+# One line of a table, and one component of a path.
+VmName = Annotated[str, msgspec.Meta(pattern=r"^[^/\x00-\x1f\x7f]+$")]
 
 
 class Nothing(msgspec.Struct, frozen=True):
@@ -29,7 +31,7 @@ class StartVm(msgspec.Struct, frozen=True):
         seed: chance of the guest; None takes one from the host's.
     """
 
-    name: str
+    name: VmName
     type: str = "default"
     cgroup: str | None = None
     guest: str = "idle"

@@ -236,6 +236,10 @@ def _sev_conflict(sev: SevTable) -> str | None:
     return None
 
 
+# A device such as /dev/zero has no end.
+_LARGEST_FILE = 1 << 20
+
+
 def _package_files() -> dict[str, str]:
     directory = resources.files("kvmsim").joinpath("presets")
     return {
@@ -266,9 +270,13 @@ def load(name_or_path: str) -> Preset:
             raise ConfigError(msg)
         return parse(packaged[name_or_path], f"{name_or_path}.toml")
     try:
-        text = Path(name_or_path).read_text("utf-8")
+        with Path(name_or_path).open(encoding="utf-8") as file:
+            text = file.read(_LARGEST_FILE + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         msg = f"{name_or_path}: {reason}"
         raise ConfigError(msg) from None
+    if len(text) > _LARGEST_FILE:
+        msg = f"{name_or_path}: longer than a preset can be"
+        raise ConfigError(msg)
     return parse(text, name_or_path)

@@ -79,7 +79,7 @@ def test_tree_shows_limits_and_members(shell, fuse):
     sleeper.kill()
     sleeper.wait()
     succeeded(shell.cgfs("umount", "tree"))
-    assert "tenant  1 processes  misc.sev 0/2" in text
+    assert "tenant  1 process  misc.sev 0/2" in text
     [tenant] = tree["children"]
     assert (tenant["path"], tenant["procs"]) == ("/tenant", [sleeper.pid])
     assert tenant["files"]["misc.max"] == {"sev": "2"}

@@ -46,7 +46,7 @@ def test_group_has_members_state_and_the_values_of_its_controllers(root):
 
 def test_line_of_a_group_shows_use_against_limits_and_leaves_out_the_rest(root):
     assert summary(read_group(root, "/").children[0]) == (
-        "  1 processes  frozen  encryption_ids.sev 1  misc.sev 1/2  bus_lock at most 100 per 1 s"
+        "  1 process  frozen  encryption_ids.sev 1  misc.sev 1/2  bus_lock at most 100 per 1 s"
     )
 
 

@@ -271,6 +271,14 @@ def test_machine_without_free_asids_says_so(shell, host):
     refused(done, os.EX_TEMPFAIL, "no SEV-ES ASID", "the host is at", '5"', "EBUSY")
 
 
+def test_stop_goes_on_after_a_vm_that_does_not_exist(shell, host):
+    shell.kvmsim("vm", "start", "a")
+    done = shell.kvmsim("vm", "stop", "x", "a", "y")
+    assert done.returncode == os.EX_UNAVAILABLE
+    assert done.stderr.splitlines() == ["kvmsim: vm x: no such VM", "kvmsim: vm y: no such VM"]
+    assert shell.kvmsim("vm", "list", "--json").stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("command", [["vm", "stop", "x"], ["vm", "show", "x"]])
 def test_vm_that_does_not_exist_is_told(shell, host, command):
     refused(shell.kvmsim(*command), os.EX_UNAVAILABLE, "vm x: no such VM")

@@ -139,7 +139,7 @@ def test_mount_says_that_it_is_emulated(shell, host):
 
 def test_tree_and_exec_of_cgfs_work_on_a_host(shell, host, tenant):
     succeeded(shell.kvmsim("vm", "start", "a", "--type", "sev", "--cgroup", "/tenant"))
-    assert "tenant  1 processes" in succeeded(shell.cgfs("tree", host))
+    assert "tenant  1 process" in succeeded(shell.cgfs("tree", host))
     done = shell.cgfs(
         "exec", "-g", "/tenant", "--", "sh", "-c", "echo $$; cat $0/cgroup.procs", tenant
     )

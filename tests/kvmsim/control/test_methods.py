@@ -91,3 +91,9 @@ def test_start_request_with_a_number_that_makes_no_sense_is_not_decoded(field):
 def test_vm_without_vcpus_is_not_decoded():
     with pytest.raises(msgspec.ValidationError, match="vcpus"):
         msgspec.json.decode(b'{"name": "a", "vcpus": 0}', type=StartVm)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a\nb", "a\x7f"])
+def test_start_refuses_a_name_that_breaks_lines_or_paths(name):
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"name": name}, StartVm)

@@ -61,6 +61,11 @@ def test_file_that_is_not_text_says_so(tmp_path):
         load(str(path))
 
 
+def test_file_without_end_is_no_preset():
+    with pytest.raises(ConfigError, match=r"/dev/zero: longer than a preset can be"):
+        load("/dev/zero")
+
+
 def test_directory_is_no_preset(tmp_path):
     with pytest.raises(ConfigError, match="Is a directory"):
         load(str(tmp_path))
