@@ -90,7 +90,7 @@ class EncryptionIdsCss(Css):
             return
         for css in self.ancestors():
             css.usage[index] -= amount
-            if css.usage[index] < 0:
+            if css.usage[index] < 0 and not self.controller.below_zero:
                 msg = f"{css.cgrp.path}: {type} uncharged below zero"
                 raise AssertionError(msg)
         self.unpin()
@@ -145,6 +145,7 @@ class EncryptionIds(Controller):
 
     Attributes:
         capacity: IDs of the machine, in the order of ``TYPES``.
+        below_zero: usage may fall below 0; else that is an error of ours.
     """
 
     name = "encryption_ids"
@@ -153,6 +154,7 @@ class EncryptionIds(Controller):
     def __init__(self) -> None:
         super().__init__()
         self.capacity = [0] * len(TYPES)
+        self.below_zero = False
 
     def css_alloc(
         self, cgrp: Cgroup, parent: Css | None, owner: Caller, now_ns: int

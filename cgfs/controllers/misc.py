@@ -114,7 +114,7 @@ class MiscCss(Css):
         for css in self.ancestors():
             account = css.own_account(resource)
             account.usage -= amount
-            if account.usage < 0:
+            if account.usage < 0 and not self.controller.below_zero:
                 msg = f"{css.cgrp.path}: {resource} uncharged below zero"
                 raise AssertionError(msg)
         self.unpin()
@@ -170,7 +170,7 @@ def _max_write(css: MiscCss, text: bytes, _opener: Caller, _now_ns: int) -> None
 
 def _current_show(css: MiscCss, _caller: Caller) -> str:
     capacity = css.controller.capacity_of
-    return _lines(css, lambda name, r: f" {r.usage}" if capacity(name) or r.usage else None)
+    return _lines(css, lambda name, r: f" {r.usage & U64_MAX}" if capacity(name) or r.usage else None)
 
 
 def _peak_show(css: MiscCss, _caller: Caller) -> str:
@@ -196,6 +196,7 @@ class Misc(Controller):
 
     Attributes:
         resources: names of all resources, in print order.
+        below_zero: usage may fall below 0, where Linux only warns; else that is an error of ours.
     """
 
     name = "misc"
@@ -247,6 +248,7 @@ class Misc(Controller):
         super().__init__()
         self.resources: list[str] = list(COMPILED_IN)
         self._capacity: dict[str, int] = {}
+        self.below_zero = False
 
     def css_alloc(self, cgrp: Cgroup, parent: Css | None, owner: Caller, now_ns: int) -> MiscCss:
         """State without limits or charges."""

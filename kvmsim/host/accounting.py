@@ -91,8 +91,17 @@ class Accounting(Protocol):
                 when the machine has none of this kind. Nothing is charged then.
         """
 
-    def uncharge_asid(self, charge: AsidCharge) -> None:
-        """End a charge, once, wherever the process is by now."""
+    def uncharge_asid(self, charge: AsidCharge, kind: str | None = None) -> None:
+        """End a charge, once, wherever the process is by now.
+
+        Args:
+            charge: what was charged.
+            kind: the kind to give back when it is not the one that was charged: the kernel's
+                mistake ``move_charges_wrong_type``.
+        """
+
+    def is_charged_to(self, pid: int, charge: AsidCharge) -> bool:
+        """Whether the cgroup a process is in now is the one that carries a charge."""
 
     def bus_lock(self, pid: int, waiter: Waiter, now_ns: int) -> bool:
         """Ask for admission of one bus lock.
@@ -151,11 +160,16 @@ class CgroupAccounting:
             charged.append(css)
         return AsidCharge(kind, tuple(charged))
 
-    def uncharge_asid(self, charge: AsidCharge) -> None:
+    def uncharge_asid(self, charge: AsidCharge, kind: str | None = None) -> None:
         """See :meth:`Accounting.uncharge_asid`."""
         charged, charge.charged = charge.charged, ()
         for css in reversed(charged):
-            css.uncharge(charge.kind, 1)
+            css.uncharge(kind or charge.kind, 1)
+
+    def is_charged_to(self, pid: int, charge: AsidCharge) -> bool:
+        """See :meth:`Accounting.is_charged_to`."""
+        now = (self._roots.css_of(pid, name) for name in self._charging[charge.kind])
+        return all(css is there for css, there in zip(now, charge.charged, strict=True))
 
     def bus_lock(self, pid: int, waiter: Waiter, now_ns: int) -> bool:
         """See :meth:`Accounting.bus_lock`."""

@@ -2,8 +2,8 @@
 
 This is the seam at which real processes come in. KVM knows its caller only as a :class:`Client`:
 who is charged, whose address space it is, and how to reach memory behind a pointer. A front end for
-other processes implements the four members; code in this process uses :class:`LocalClient`, or
-gives a Python buffer wherever the ABI has a pointer.
+other processes implements the members; code in this process uses :class:`LocalClient`, or gives a
+Python buffer wherever the ABI has a pointer.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Client(Protocol):
     Attributes:
         pid: whose cgroup is charged for what the call takes.
         mm: identity of its address space. Objects made in one refuse calls from another.
+        memlock_bytes: how much memory it may pin: RLIMIT_MEMLOCK, or None with CAP_IPC_LOCK.
     """
 
     @property
@@ -32,6 +33,21 @@ class Client(Protocol):
     @property
     def mm(self) -> object:
         """See the class."""
+
+    @property
+    def memlock_bytes(self) -> int | None:
+        """See the class."""
+
+    def resolve_fd(self, number: int) -> object | None:
+        """What stands behind one of the client's descriptors.
+
+        Returns:
+            The ``KvmFile`` of an emulated descriptor; any other object for a descriptor that is
+            open but not emulated; None when it is not open.
+        """
+
+    def mapped(self, address: int, size_bytes: int, *, writable: bool) -> bool:
+        """Whether a whole range of the client's memory is mapped, so that it could be pinned."""
 
     def read(self, address: int, size_bytes: int) -> bytes:
         """Copy from the client's memory; KvmError EFAULT when it cannot be read."""
@@ -49,15 +65,19 @@ class LocalClient:
     Attributes:
         pid: as given.
         mm: the pid; two local clients of one pid share an address space.
+        memlock_bytes: as a process with CAP_IPC_LOCK has it, until set.
+        files: its descriptors.
     """
 
-    __slots__ = ("_end", "_mapped", "mm", "pid")
+    __slots__ = ("_end", "_mapped", "files", "memlock_bytes", "mm", "pid")
 
     _FIRST_ADDRESS = 0x7F00_0000_0000
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.mm: object = pid
+        self.memlock_bytes: int | None = None
+        self.files: dict[int, object] = {}
         self._mapped: dict[int, bytearray] = {}
         self._end = self._FIRST_ADDRESS
 
@@ -68,6 +88,26 @@ class LocalClient:
         # A gap after each buffer, so that running over its end is a fault.
         self._end += (len(data) // 4096 + 2) * 4096
         return address
+
+    def open(self, file: object) -> int:
+        """Give an object the lowest free descriptor from 3 on."""
+        number = 3
+        while number in self.files:
+            number += 1
+        self.files[number] = file
+        return number
+
+    def resolve_fd(self, number: int) -> object | None:
+        """See :meth:`Client.resolve_fd`."""
+        return self.files.get(number)
+
+    def mapped(self, address: int, size_bytes: int, *, writable: bool) -> bool:
+        """See :meth:`Client.mapped`. A buffer maps the whole of every page it touches."""
+        del writable
+        return any(
+            start <= address and address + size_bytes <= start + -(-len(data) // 4096) * 4096
+            for start, data in self._mapped.items()
+        )
 
     def read(self, address: int, size_bytes: int) -> bytes:
         """See :meth:`Client.read`."""

@@ -26,6 +26,7 @@ class HandDriven:
     Attributes:
         charged: units now charged, by kind.
         limit: highest number of units of any kind.
+        same_cgroup: every caller is in the cgroup its VM is charged to.
         limited: whether a finite bus lock limit applies.
         tokens: bus locks still admitted at once; None: all.
         queue: waiters, first in first out.
@@ -35,6 +36,7 @@ class HandDriven:
     def __init__(self):
         self.charged = {}
         self.limit = 1000
+        self.same_cgroup = True
         self.limited = False
         self.tokens = None
         self.queue = []
@@ -49,8 +51,11 @@ class HandDriven:
         self.charged_pids.append(pid)
         return AsidCharge(kind, ())
 
-    def uncharge_asid(self, charge):
-        self.charged[charge.kind] -= 1
+    def uncharge_asid(self, charge, kind=None):
+        self.charged[kind or charge.kind] -= 1
+
+    def is_charged_to(self, pid, charge):
+        return self.same_cgroup
 
     def bus_lock(self, pid, waiter, now_ns):
         if self.tokens == 0:
