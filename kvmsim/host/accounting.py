@@ -168,8 +168,8 @@ class CgroupAccounting:
 
     def is_charged_to(self, pid: int, charge: AsidCharge) -> bool:
         """See :meth:`Accounting.is_charged_to`."""
-        now = (self._roots.css_of(pid, name) for name in self._charging[charge.kind])
-        return all(css is there for css, there in zip(now, charge.charged, strict=True))
+        now: list[object] = [self._roots.css_of(pid, name) for name in self._charging[charge.kind]]
+        return now == list(charge.charged)
 
     def bus_lock(self, pid: int, waiter: Waiter, now_ns: int) -> bool:
         """See :meth:`Accounting.bus_lock`."""
