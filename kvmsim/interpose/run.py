@@ -1,0 +1,137 @@
+"""Running a program against an emulated host, from start to exit status."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from kvmsim.interpose.launch import Command, launch
+from kvmsim.interpose.notify import Listener
+from kvmsim.interpose.supervisor import Supervisor
+from kvmsim.vmm.run_loop import RunLoop
+from kvmsim.vmm.timeline import Timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from kvmsim.engine.base import GuestEngine
+    from kvmsim.interpose.launch import Launched
+    from kvmsim.interpose.supervisor import Tap
+    from kvmsim.kvm.dispatch import KvmFile
+    from kvmsim.kvm.system import System
+    from kvmsim.kvm.vcpu import Vcpu
+    from kvmsim.vmm.timeline import Limiter
+
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True, slots=True)
+class Emulated:
+    """The host a client is to see.
+
+    Attributes:
+        system: its KVM, the file behind ``/dev/kvm``.
+        devices: further nodes below /dev and the files behind them, as ``{"sev": ...}``.
+        engine: makes the guest of a new vCPU; None: guests halt for ever.
+        limiter: admits bus locks, if that happens in this process.
+        tap: sees every call.
+        beside: a task to run as long as the client does.
+    """
+
+    system: System
+    devices: Mapping[str, KvmFile] | None = None
+    engine: Callable[[Vcpu], GuestEngine] | None = None
+    limiter: Limiter | None = None
+    tap: Tap | None = None
+    beside: Callable[[Supervisor], Awaitable[None]] | None = None
+
+
+def run(
+    argv: Sequence[str],
+    emulated: Emulated,
+    *,
+    env: Mapping[str, str] | None = None,
+    cgroup_dir: str | None = None,
+    before_exec: Callable[[int], None] | None = None,
+) -> int:
+    """Run a program and everything it starts until the last of them has ended.
+
+    Not to be called with an event loop or threads running: it forks.
+
+    Args:
+        argv: program and arguments.
+        emulated: the host it sees.
+        env: its environment; this process's by default.
+        cgroup_dir: cgroup tree to show on /sys/fs/cgroup.
+        before_exec: called with the client's pid before its program starts.
+
+    Returns:
+        The program's exit status; 128 and the signal's number if one ended it.
+
+    Raises:
+        Unavailable: calls cannot be trapped here.
+        CommandNotRun: the program could not be executed.
+    """
+    files: dict[str, KvmFile] = {"kvm": emulated.system, **(emulated.devices or {})}
+    command = Command(
+        argv=argv,
+        env=env,
+        devices=tuple(files),
+        parameters=emulated.system.machine.parameters,
+        cgroup_dir=cgroup_dir,
+        before_exec=before_exec,
+    )
+    launched = launch(command)
+    try:
+        return trio.run(supervise, launched, emulated, files)
+    finally:
+        os.close(launched.pidfd)
+
+
+async def supervise(launched: Launched, emulated: Emulated, files: Mapping[str, KvmFile]) -> int:
+    """Serve a launched client until its tree has ended; its exit status."""
+    _allow_many_descriptors()
+    stall_ns = emulated.system.machine.bus_lock_stall_ns
+    loop = RunLoop(Timeline(emulated.limiter, bus_lock_stall_ns=stall_ns))
+    supervisor = Supervisor(
+        Listener(launched.listener),
+        {identity: files[name] for identity, name in launched.devices.items()},
+        loop,
+        engine=emulated.engine,
+        tap=emulated.tap,
+    )
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(loop.run)
+            nursery.start_soon(_forward_signals, launched.pid)
+            if emulated.beside is not None:
+                nursery.start_soon(emulated.beside, supervisor)
+            await supervisor.serve()
+            nursery.cancel_scope.cancel()
+    finally:
+        supervisor.close()
+    # Over already, or the filter would still be in use.
+    _, status = os.waitpid(launched.pid, 0)  # noqa: ASYNC222
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+async def _forward_signals(pid: int) -> None:
+    """The client ends first; an interrupt from the terminal reaches it by itself."""
+    with trio.open_signal_receiver(*_FORWARDED, signal.SIGINT, signal.SIGQUIT) as received:
+        async for number in received:
+            if number in _FORWARDED:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+
+def _allow_many_descriptors() -> None:
+    """Every object takes one here; the client has its own limit already."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

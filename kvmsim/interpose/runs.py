@@ -1,0 +1,191 @@
+"""KVM_RUN of clients: threads that wait for their guest.
+
+Like a VMM's thread of the host itself (``kvmsim.vmm.vcpu_thread``), but user space is another
+process: the run ends with an answer to its call. Calls that come for a vCPU meanwhile wait for the
+run to end, as for the vCPU's mutex.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmsim.errors import KvmError
+from kvmsim.kvm.run import Halted, InGuest
+from kvmsim.vmm.timeline import Scheduled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmsim.interpose.clients import Thread
+    from kvmsim.interpose.notify import Notification
+    from kvmsim.kvm.run import Blocked
+    from kvmsim.kvm.vcpu import Vcpu
+    from kvmsim.vmm.timeline import Timeline
+
+MAX_INLINE = 64
+"""Stops without guest time a run goes through before others get their turn."""
+
+FIRST_LOOK_NS = 500_000
+LAST_LOOK_NS = 5_000_000
+
+# Where a run is. Plain numbers: they are compared at every step.
+IDLE = 0  # in user space
+GUEST = 1
+HALTED = 2
+THROTTLED = 3
+READY = 4  # a wait is over
+
+
+class Run(Scheduled):
+    """KVM_RUN of one vCPU, one after the other.
+
+    Args:
+        vcpu: the vCPU.
+        timeline: time of its host.
+        done: called with (run, error) when KVM_RUN returns; ``error`` is None for 0.
+
+    Attributes:
+        vcpu: as given.
+        phase: where it is; ``IDLE`` outside of KVM_RUN.
+        notification: the call, while in KVM_RUN.
+        thread: who makes it.
+        waiting: calls on the same vCPU that came meanwhile.
+        release_due: the last descriptor was closed during KVM_RUN.
+        look_at_ns: when to look for signals next.
+        look_after_ns: how long to wait between two looks.
+    """
+
+    __slots__ = (
+        *("vcpu", "phase", "notification", "thread", "waiting", "release_due"),
+        *("look_at_ns", "look_after_ns", "_timeline", "_done", "_burst_ns"),
+    )
+
+    def __init__(
+        self, vcpu: Vcpu, timeline: Timeline, done: Callable[[Run, KvmError | None], None]
+    ) -> None:
+        super().__init__()
+        self.vcpu = vcpu
+        self.phase = IDLE
+        self.notification: Notification | None = None
+        self.thread: Thread | None = None
+        self.waiting: list[Notification] = []
+        self.release_due = False
+        self.look_at_ns = 0
+        self.look_after_ns = FIRST_LOOK_NS
+        self._timeline = timeline
+        self._done = done
+        self._burst_ns = 0
+        vcpu.on_wake = self._woken
+
+    def start(
+        self, blocked: Blocked, notification: Notification, thread: Thread, now_ns: int
+    ) -> bool:
+        """Go on with a KVM_RUN that has entered its guest.
+
+        Returns:
+            True: it has returned 0 already, ``done`` is not called. False: it will be.
+
+        Raises:
+            KvmError: it has failed already.
+        """
+        self.notification = notification
+        self.thread = thread
+        self.look_at_ns = now_ns + FIRST_LOOK_NS
+        self.look_after_ns = FIRST_LOOK_NS
+        try:
+            ended = self._go_on(blocked, now_ns)
+        except KvmError:
+            self._end()
+            raise
+        if ended:
+            self._end()
+        return ended
+
+    def step(self, now_ns: int) -> None:
+        """The guest time or the wait is over."""
+        if self.phase == HALTED:  # the guest's own timer
+            self.phase = READY
+            self.vcpu.wake(now_ns)
+        self._resume(now_ns)
+
+    def interrupt(self, now_ns: int) -> None:
+        """A signal: KVM_RUN returns EINTR."""
+        if self.phase == IDLE:
+            return
+        error = self._break_off(now_ns)
+        self._done(self, error)
+
+    def abandon(self, now_ns: int) -> None:
+        """The caller is gone: nobody gets the answer."""
+        if self.phase != IDLE:
+            self._break_off(now_ns)
+            self._end()
+
+    def finish(self) -> None:
+        """The answer is given."""
+        self._end()
+
+    def _break_off(self, now_ns: int) -> KvmError | None:
+        ran_ns = 0
+        if self.phase == GUEST:
+            left_ns = self.due_ns - self._timeline.progress_ns()
+            ran_ns = self._burst_ns - max(0, left_ns)
+        self._timeline.drop(self)
+        self.phase = IDLE
+        try:
+            self.vcpu.interrupt(now_ns, ran_ns)
+        except KvmError as error:
+            return error
+        return None
+
+    def _end(self) -> None:
+        self.phase = IDLE
+        self.notification = None
+        self.thread = None
+
+    def _woken(self, _vcpu: Vcpu, now_ns: int) -> None:
+        """A wait inside KVM_RUN is over."""
+        if self.phase in (HALTED, THROTTLED):
+            self.phase = READY
+            self._timeline.sleep_until(self, now_ns)
+
+    def _resume(self, now_ns: int) -> None:
+        try:
+            blocked = self.vcpu.resume(now_ns)
+            if blocked is not None and not self._go_on(blocked, now_ns):
+                return
+        except KvmError as error:
+            self.phase = IDLE
+            self._done(self, error)
+        else:
+            self.phase = IDLE
+            self._done(self, None)
+
+    def _go_on(self, blocked: Blocked | None, now_ns: int) -> bool:
+        """Let the guest run until it has to wait; whether KVM_RUN has returned 0."""
+        for _ in range(MAX_INLINE):
+            if blocked is None:
+                return True
+            if type(blocked) is not InGuest:
+                self._wait(blocked, now_ns)
+                return False
+            if blocked.guest_ns:
+                break
+            blocked = self.vcpu.resume(now_ns)
+        if blocked is None:
+            return True
+        if type(blocked) is not InGuest:
+            self._wait(blocked, now_ns)
+            return False
+        self.phase = GUEST
+        self._burst_ns = blocked.guest_ns
+        self._timeline.run_for(self, blocked.guest_ns)
+        return False
+
+    def _wait(self, blocked: Blocked, now_ns: int) -> None:
+        if type(blocked) is not Halted:
+            self.phase = THROTTLED
+            return
+        self.phase = HALTED
+        if blocked.wake_after_ns is not None:
+            self._timeline.sleep_until(self, now_ns + blocked.wake_after_ns)

@@ -1,0 +1,440 @@
+"""Answers the trapped calls of one client and its children.
+
+A call comes out of the listener, its descriptor is looked up by what is open under that number in
+the calling thread, KVM carries it out, and the answer goes back. All of that is synchronous: most
+calls are answered before anything else happens. Only KVM_RUN may be kept waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from errno import EIO, ENOENT
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+
+import trio
+
+from kvmsim.abi.ioctls import KVM_CREATE_VM, KVM_RUN
+from kvmsim.abi.run import MMAP_SIZE_BYTES
+from kvmsim.errors import KvmError
+from kvmsim.interpose.clients import Clients
+from kvmsim.interpose.descriptors import Descriptors
+from kvmsim.interpose.filter import NR_IOCTL
+from kvmsim.interpose.runs import IDLE, LAST_LOOK_NS, Run
+from kvmsim.interpose.signals import pending
+from kvmsim.kvm.dispatch import KvmFile
+from kvmsim.kvm.page import KvmRun
+from kvmsim.kvm.system import System
+from kvmsim.kvm.vcpu import Vcpu
+from kvmsim.kvm.vm import Vm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from kvmsim.engine.base import GuestEngine
+    from kvmsim.interpose.clients import Process, Thread
+    from kvmsim.interpose.descriptors import Descriptor
+    from kvmsim.interpose.namespace import Identity
+    from kvmsim.interpose.notify import Listener, Notification
+    from kvmsim.kvm.run import Blocked
+    from kvmsim.vmm.run_loop import RunLoop
+
+log = logging.getLogger(__name__)
+
+BATCH: Final = 64
+"""Calls answered in a row before other tasks get their turn."""
+
+_DOUBT_S = 0.001
+_DOUBTS = 5
+_LOW32 = 0xFFFF_FFFF
+_NAMES: dict[type, str] = {Vm: "kvm-vm"}
+
+
+@runtime_checkable
+class Releasable(Protocol):
+    """A file that wants to know of its last close."""
+
+    def release(self, now_ns: int) -> None:
+        """The last descriptor was closed."""
+
+
+class Tap(Protocol):
+    """Sees every call; for traces and for faults made on purpose."""
+
+    def called(self, file: KvmFile, request: int, arg: int, caller: Process) -> int | None:
+        """A call is about to be carried out; an errno makes it fail instead."""
+
+    def returned(
+        self, file: KvmFile, request: int, arg: int, caller: Process, result: int, now_ns: int
+    ) -> None:
+        """A call is answered: its value, or a negative errno."""
+
+
+class OtherCalls(Protocol):
+    """Answers trapped calls that are no ioctls."""
+
+    def answer(self, notification: Notification, thread: Thread) -> int | None:
+        """The value, a negative errno, or None: Linux carries the call out."""
+
+
+class Supervisor:
+    """Serves one client tree.
+
+    Args:
+        listener: where its calls come out.
+        devices: what is behind each device node.
+        loop: time of the emulated host; its timeline is driven by whoever made it.
+        engine: makes the guest of a new vCPU; None: guests halt for ever.
+        tap: sees every call.
+        other_calls: answers those that are no ioctls.
+
+    Attributes:
+        listener: as given.
+        loop: as given.
+        descriptors: every object the clients hold.
+        clients: who has called.
+        nr_calls: calls received.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        devices: Mapping[Identity, KvmFile],
+        loop: RunLoop,
+        *,
+        engine: Callable[[Vcpu], GuestEngine] | None = None,
+        tap: Tap | None = None,
+        other_calls: OtherCalls | None = None,
+    ) -> None:
+        self.listener = listener
+        self.loop = loop
+        self.descriptors = Descriptors()
+        self.clients = Clients(self)
+        self.nr_calls = 0
+        self._devices = dict(devices)
+        self._engine = engine
+        self._tap = tap
+        self._other_calls = other_calls
+        self._runs: dict[Vcpu, Run] = {}
+        self._parked: dict[Run, None] = {}
+        self._parked_one = trio.Event()
+        self._late: list[Notification] = []
+        self._late_one = trio.Event()
+        self._number = 0
+        self._closed_poll = self.descriptors.poll
+
+    # -- tasks -----------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Answer calls until no task of the client tree is left."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_closes)
+            nursery.start_soon(self._watch_signals)
+            nursery.start_soon(self._handle_late)
+            await self._answer_calls()
+            nursery.cancel_scope.cancel()
+
+    def close(self) -> None:
+        """Release everything the clients held; calls that still come fail with ENOSYS."""
+        self.listener.close()
+        now_ns = self.loop.catch_up()
+        for run in list(self._parked):
+            run.abandon(now_ns)
+            self._parked.pop(run)
+        self.descriptors.close(self._released)
+        self.clients.close()
+
+    async def _answer_calls(self) -> None:
+        listener = self.listener
+        while True:
+            await trio.lowlevel.wait_readable(listener.fd)
+            answered = 0
+            while waiting := listener.waiting():
+                notification = listener.receive()
+                if notification is not None:
+                    self.handle(notification)
+                answered += 1
+                if answered % BATCH == 0:
+                    await trio.lowlevel.checkpoint()
+            if waiting is None:
+                return
+
+    async def _watch_closes(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self.descriptors.fd)
+            self._note_closes()
+            for _ in range(_DOUBTS):
+                if not self.descriptors.in_doubt():
+                    break
+                await trio.sleep(_DOUBT_S)
+                self._note_closes()
+            else:
+                self.descriptors.settle()
+
+    async def _watch_signals(self) -> None:
+        while True:
+            if not self._parked:
+                self._parked_one = trio.Event()
+                await self._parked_one.wait()
+            now_ns = self.loop.now_ns()
+            look_at_ns = min(run.look_at_ns for run in self._parked)
+            if look_at_ns > now_ns:
+                await trio.sleep((look_at_ns - now_ns) / 1e9)
+            now_ns = self.loop.catch_up()
+            for run in [run for run in self._parked if run.look_at_ns <= now_ns]:
+                self._look_for_signal(run, now_ns)
+            await trio.lowlevel.checkpoint()
+
+    async def _handle_late(self) -> None:
+        """Handle the calls that waited for a vCPU."""
+        while True:
+            await self._late_one.wait()
+            self._late_one = trio.Event()
+            late, self._late = self._late, []
+            for notification in late:
+                self.handle(notification)
+
+    # -- calls -----------------------------------------------------------------------------
+
+    def handle(self, notification: Notification) -> None:
+        """Carry a call out and answer it, or keep it waiting."""
+        self.nr_calls += 1
+        if self._closed_poll(0):
+            self._note_closes()
+        number, tid, nr, _, fd, request, arg = notification
+        thread = self.clients.known(tid) or self._meet(number, tid)
+        if thread is None:
+            return
+        if nr != NR_IOCTL:
+            self._handle_other(notification, thread)
+            return
+        file = self.file_of(thread, fd & _LOW32)
+        if file is None:
+            # Perhaps the number is another thread's by now.
+            again = self._meet(number, tid)
+            if again is None:
+                return
+            file, thread = self.file_of(again, fd & _LOW32), again
+        if file is None:
+            self.listener.go_on(number)
+            return
+        run = self._runs.get(file) if type(file) is Vcpu else None
+        if run is not None and run.phase != IDLE:
+            run.waiting.append(notification)
+            return
+        self._carry_out(notification, thread, file, request & _LOW32, arg)
+
+    def file_of(self, thread: Thread, fd: int) -> KvmFile | None:
+        """What a thread has open under a number, if it is ours."""
+        try:
+            status = os.stat(f"fd/{fd}", dir_fd=thread.directory)
+        except OSError:
+            return None
+        identity = (status.st_dev, status.st_ino)
+        file = self.descriptors.find(identity)
+        return file if file is not None else self._devices.get(identity)
+
+    def _meet(self, number: int, tid: int) -> Thread | None:
+        """The calling thread, not seen before; None if it is gone."""
+        try:
+            thread = self.clients.meet(tid)
+        except OSError:
+            # Gone, or not to be looked at: then it has no descriptor of ours.
+            self.listener.go_on(number)
+            return None
+        # The number may have been another's by the time it was looked up.
+        if not self.listener.is_valid(number):
+            self.clients.forget(tid)
+            return None
+        return thread
+
+    def _handle_other(self, notification: Notification, thread: Thread) -> None:
+        result = None
+        if self._other_calls is not None:
+            with suppress(OSError):
+                result = self._other_calls.answer(notification, thread)
+        if result is None:
+            self.listener.go_on(notification[0])
+        else:
+            self.listener.answer(notification[0], max(result, 0), max(-result, 0))
+
+    def _carry_out(
+        self, notification: Notification, thread: Thread, file: KvmFile, request: int, arg: int
+    ) -> None:
+        """Let KVM do it and answer."""
+        self._number = number = notification[0]
+        tap = self._tap
+        if type(file) is System and request != KVM_CREATE_VM:
+            # Whose address space and what time it is makes no difference there.
+            caller, now_ns = thread.process, self.loop.timeline.now_ns
+            caller.thread = thread
+        else:
+            now_ns = self.loop.catch_up() if request == KVM_RUN else self.loop.now_ns()
+            try:
+                caller = self.clients.caller(thread, notification[3])
+            except OSError:
+                self.listener.go_on(number)
+                return
+        try:
+            if tap is not None and (errno := tap.called(file, request, arg, caller)):
+                raise KvmError(errno, "as the fault list says")
+            outcome = file.ioctl(request, arg, caller, now_ns)
+            if type(outcome) is int:
+                result = outcome
+                self.listener.answer(number, result)
+            elif isinstance(outcome, KvmFile):
+                result = self._hand_out(number, outcome)
+            else:
+                assert not isinstance(outcome, int)
+                if not self._run(file, outcome, notification, thread, now_ns):
+                    return
+                result = 0
+                self.listener.answer(number, 0)
+        except KvmError as error:
+            result = -error.errno
+            self.listener.answer(number, 0, error.errno)
+        except Exception:
+            # One client's call must not end the others; Linux would have killed its task.
+            log.exception("request %#x on %s", request, type(file).__name__)
+            result = -EIO
+            self.listener.answer(number, 0, EIO)
+        if tap is not None:
+            tap.returned(file, request, arg, caller, result, now_ns)
+
+    def still_waits(self) -> bool:
+        """See :meth:`kvmsim.interpose.clients.Calls.still_waits`."""
+        return self.listener.is_valid(self._number)
+
+    # -- descriptors -----------------------------------------------------------------------
+
+    def _hand_out(self, number: int, file: KvmFile) -> int:
+        """Answer a call with a new descriptor; its number, or a negative errno."""
+        is_vcpu = isinstance(file, Vcpu)
+        name = f"kvm-vcpu:{file.id}" if isinstance(file, Vcpu) else _NAMES.get(type(file), "kvm")
+        try:
+            descriptor, handed = self.descriptors.make(name, MMAP_SIZE_BYTES if is_vcpu else 0)
+        except OSError as error:
+            self._released(file)
+            self.listener.answer(number, 0, errno_of(error))
+            return -errno_of(error)
+        descriptor.file = file
+        if isinstance(file, Vcpu):
+            self._furnish(file, descriptor)
+        elif isinstance(file, Vm):
+            file.on_bus_lock = self.loop.timeline.bus_lock
+        try:
+            return self.listener.answer_with_descriptor(number, handed)
+        except OSError as error:
+            # Not handed out, so that closing it here is the last close.
+            if error.errno != ENOENT:
+                self.listener.answer(number, 0, errno_of(error))
+            return -errno_of(error)
+        finally:
+            os.close(handed)
+
+    def _furnish(self, vcpu: Vcpu, descriptor: Descriptor) -> None:
+        """Give a vCPU the page its clients map, and a guest."""
+        assert descriptor.memory is not None
+        vcpu.run = KvmRun(memoryview(descriptor.memory))
+        if self._engine is not None:
+            vcpu.engine = self._engine(vcpu)
+        self._runs[vcpu] = Run(vcpu, self.loop.timeline, self._run_ended)
+
+    def _note_closes(self) -> None:
+        for file in self.descriptors.closed():
+            self._released(file)
+
+    def _released(self, file: KvmFile) -> None:
+        """No client can reach an object any more."""
+        if isinstance(file, Vcpu):
+            self._vcpu_released(file)
+        elif isinstance(file, Vm):
+            file.release()
+        elif isinstance(file, Releasable):
+            file.release(self.loop.catch_up())
+
+    def _vcpu_released(self, vcpu: Vcpu) -> None:
+        run = self._runs.get(vcpu)
+        now_ns = self.loop.now_ns()
+        if run is not None and run.notification is not None:
+            if self.listener.is_valid(run.notification[0]):
+                # Linux holds the file for the time of the call.
+                run.release_due = True
+                return
+            self._abandon(run, now_ns)
+        self._runs.pop(vcpu, None)
+        vcpu.release(now_ns)
+
+    # -- KVM_RUN ---------------------------------------------------------------------------
+
+    def _run(
+        self,
+        file: KvmFile,
+        blocked: Blocked,
+        notification: Notification,
+        thread: Thread,
+        now_ns: int,
+    ) -> bool:
+        """Keep KVM_RUN waiting; True when it has returned already."""
+        assert isinstance(file, Vcpu)
+        run = self._runs[file]
+        if run.start(blocked, notification, thread, now_ns):
+            return True
+        self._parked[run] = None
+        self._parked_one.set()
+        return False
+
+    def _run_ended(self, run: Run, error: KvmError | None) -> None:
+        """KVM_RUN returns to a client that waited for it. May be called by the timeline."""
+        notification, thread = run.notification, run.thread
+        assert notification is not None
+        assert thread is not None
+        errno = 0 if error is None else error.errno
+        self.listener.answer(notification[0], 0, errno)
+        if self._tap is not None:
+            caller = thread.process
+            self._tap.returned(
+                run.vcpu, KVM_RUN, notification[6], caller, -errno, self.loop.timeline.now_ns
+            )
+        self._leave(run)
+        if run.release_due:
+            self._runs.pop(run.vcpu, None)
+            run.vcpu.release(self.loop.timeline.now_ns)
+
+    def _abandon(self, run: Run, now_ns: int) -> None:
+        """The client that waited is gone."""
+        run.abandon(now_ns)
+        self._leave(run)
+
+    def _leave(self, run: Run) -> None:
+        run.finish()
+        self._parked.pop(run, None)
+        if run.waiting:
+            # Not handled here: the timeline may be in the middle of something.
+            self._late += run.waiting
+            run.waiting.clear()
+            self._late_one.set()
+
+    def _look_for_signal(self, run: Run, now_ns: int) -> None:
+        assert run.notification is not None
+        assert run.thread is not None
+        if not self.listener.is_valid(run.notification[0]):
+            self._abandon(run, now_ns)
+            if run.release_due:
+                self._vcpu_released(run.vcpu)
+            return
+        try:
+            signalled = pending(run.thread.text("status"))
+        except OSError:
+            signalled = False
+        if signalled:
+            run.interrupt(now_ns)
+            return
+        run.look_after_ns = min(run.look_after_ns * 2, LAST_LOOK_NS)
+        run.look_at_ns = now_ns + run.look_after_ns
+
+
+def errno_of(error: OSError) -> int:
+    """The number of an error, which Python allows to be missing."""
+    return error.errno or EIO
