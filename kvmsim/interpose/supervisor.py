@@ -68,7 +68,11 @@ class Tap(Protocol):
     def returned(
         self, file: KvmFile, request: int, arg: int, caller: Process, result: int, now_ns: int
     ) -> None:
-        """A call is answered: its value, or a negative errno."""
+        """A call is about to be answered: its value, or a negative errno.
+
+        The caller still waits, so its memory is as KVM left it; only one that gets a descriptor has
+        its answer already, which is how the number is known.
+        """
 
 
 class OtherCalls(Protocol):
@@ -265,6 +269,7 @@ class Supervisor:
         """Let KVM do it and answer."""
         self._number = number = notification[0]
         tap = self._tap
+        answered = False
         if type(file) is System and request != KVM_CREATE_VM:
             # Whose address space and what time it is makes no difference there.
             caller, now_ns = thread.process, self.loop.timeline.now_ns
@@ -282,25 +287,30 @@ class Supervisor:
             outcome = file.ioctl(request, arg, caller, now_ns)
             if type(outcome) is int:
                 result = outcome
-                self.listener.answer(number, result)
             elif isinstance(outcome, KvmFile):
                 result = self._hand_out(number, outcome)
+                answered = True
             else:
                 assert not isinstance(outcome, int)
                 if not self._run(file, outcome, notification, thread, now_ns):
                     return
                 result = 0
-                self.listener.answer(number, 0)
         except KvmError as error:
             result = -error.errno
-            self.listener.answer(number, 0, error.errno)
         except Exception:
             # One client's call must not end the others; Linux would have killed its task.
             log.exception("request %#x on %s", request, type(file).__name__)
             result = -EIO
-            self.listener.answer(number, 0, EIO)
         if tap is not None:
             tap.returned(file, request, arg, caller, result, now_ns)
+        if not answered:
+            self.listener.answer(number, max(result, 0), max(-result, 0))
+
+    def interrupt_all(self) -> None:
+        """Let every KVM_RUN that waits return EINTR, as a signal to its thread would."""
+        now_ns = self.loop.catch_up()
+        for run in list(self._parked):
+            run.interrupt(now_ns)
 
     def still_waits(self) -> bool:
         """See :meth:`kvmsim.interpose.clients.Calls.still_waits`."""
@@ -391,12 +401,12 @@ class Supervisor:
         assert notification is not None
         assert thread is not None
         errno = 0 if error is None else error.errno
-        self.listener.answer(notification[0], 0, errno)
         if self._tap is not None:
             caller = thread.process
             self._tap.returned(
                 run.vcpu, KVM_RUN, notification[6], caller, -errno, self.loop.timeline.now_ns
             )
+        self.listener.answer(notification[0], 0, errno)
         self._leave(run)
         if run.release_due:
             self._runs.pop(run.vcpu, None)
