@@ -30,6 +30,7 @@ from kvmsim.kvm import (
 from kvmsim.kvm.client import Client, LocalClient, copy_to_user
 from kvmsim.kvm.dispatch import SystemFile, handles
 from kvmsim.kvm.vm import Vm
+from kvmsim.sev.firmware import Firmware
 from kvmsim.sev.keys import Keys
 
 if TYPE_CHECKING:
@@ -60,18 +61,26 @@ class System(SystemFile):
 
     Args:
         machine: what it runs on.
+        chip: makes the secure processor differ from that of another machine.
 
     Attributes:
         machine: as given.
         keys: what it can encrypt guests with.
+        firmware: the secure processor; it answers on a machine with SEV only.
         vms: VMs that are not destroyed, in order of creation.
     """
 
-    __slots__ = ("_creator", "_extensions", "keys", "machine", "vms")
+    __slots__ = ("_creator", "_extensions", "firmware", "keys", "machine", "vms")
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, chip: bytes = b"") -> None:
         self.machine = machine
         self.keys = Keys(machine)
+        self.firmware = Firmware(chip, machine.sev.min_sev_asid)
+        if machine.sev.sev:
+            # Loading the driver initialises the platform (Linux psp_init_on_probe).
+            self.firmware.init()
+        self.firmware.snp.initialised = machine.sev.sev_snp
+        self.keys.asids.on_flush = self.firmware.df_flush
         self.vms: dict[Vm, None] = {}
         self._creator = LocalClient(0)
         self._extensions = _extensions(machine)

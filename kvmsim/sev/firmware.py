@@ -61,6 +61,12 @@ class Firmware:
         self._min_sev_asid = min_sev_asid
         self._last_handle = 0
 
+    def init(self) -> None:
+        """INIT, if the platform is not initialised."""
+        if self.platform.state == PlatformState.UNINIT:
+            self.begin("INIT")
+            self.platform.init()
+
     # -- life ------------------------------------------------------------------------------
 
     def launch_start(
@@ -240,10 +246,14 @@ class Firmware:
         guest = self._guest("SEND_CANCEL", handle, GuestState.SEND_UPDATE)
         guest.state = GuestState.RUNNING
 
-    def receive_update_data(self, handle: int, address: int, header: bytes, data: bytes) -> bytes:
+    def receive_update_data(
+        self, handle: int, address: int, length: int, header: bytes, data: bytes
+    ) -> bytes:
         """RECEIVE_UPDATE_DATA: what a packet brought, under the guest's key."""
         guest = self._guest("RECEIVE_UPDATE_DATA", handle, GuestState.RECEIVE_UPDATE)
-        _aligned(address, len(data))
+        _aligned(address, length)
+        if length < len(data):
+            raise FirmwareError(Status.INVALID_LENGTH)
         plain = transport.unseal(guest.keys, transport.SEND_TAG, header, data)
         return guest.memory_key.apply(address, plain)
 
