@@ -8,10 +8,13 @@ Python buffer wherever the ABI has a pointer.
 
 from __future__ import annotations
 
-from errno import EFAULT
-from typing import Protocol
+from errno import EBADF, EFAULT
+from typing import TYPE_CHECKING, Protocol, cast
 
 from kvmsim.errors import KvmError
+
+if TYPE_CHECKING:
+    from kvmsim.kvm.dispatch import KvmFile
 
 #: Where an argument points: an address in the client's memory, or a buffer of this process.
 Pointer = int | bytes | bytearray
@@ -55,6 +58,9 @@ class Client(Protocol):
     def write(self, address: int, data: bytes) -> None:
         """Copy to the client's memory; KvmError EFAULT when it cannot be written."""
 
+    def file(self, fd: int) -> KvmFile | None:
+        """What is behind a descriptor; None: nothing of KVM's. KvmError EBADF: not open."""
+
 
 class LocalClient:
     """A caller in this process.
@@ -80,6 +86,16 @@ class LocalClient:
         self.files: dict[int, object] = {}
         self._mapped: dict[int, bytearray] = {}
         self._end = self._FIRST_ADDRESS
+
+    def install(self, file: KvmFile | None) -> int:
+        """Give an object a descriptor, for structures that contain some; None: a foreign one."""
+        return self.open(file)
+
+    def file(self, fd: int) -> KvmFile | None:
+        """See :meth:`Client.file`."""
+        if fd not in self.files:
+            raise KvmError(EBADF, f"descriptor {fd}")
+        return cast("KvmFile | None", self.files[fd])
 
     def map(self, data: bytearray) -> int:
         """Give a buffer an address, for structures that contain pointers."""

@@ -114,6 +114,12 @@ def internal_error(vcpu: Vcpu, stop: InternalError) -> int:
     return Exit.INTERNAL_ERROR
 
 
+def fail_entry(vcpu: Vcpu, hardware_reason: int) -> int:
+    """The processor did not enter the guest."""
+    pack_into("<QI", vcpu.run.memory, 32, hardware_reason, 0)
+    return Exit.FAIL_ENTRY
+
+
 def debug(vcpu: Vcpu, stop: Debug) -> int:
     """A debug exception for the VMM; the instruction is done."""
     retire(vcpu, stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from errno import EINVAL, EIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kvmsim.abi import caps
 from kvmsim.abi.exits import NR_EXITS, Exit
@@ -12,15 +12,15 @@ from kvmsim.abi.ioctls import (
     KVM_ENABLE_CAP,
     KVM_GET_MP_STATE,
     KVM_GET_REGS,
-    KVM_GET_TSC_KHZ,
     KVM_SET_MP_STATE,
     KVM_SET_REGS,
 )
+from kvmsim.abi.regs import RFLAGS_IF
 from kvmsim.abi.structs import KVM_ENABLE_CAP as ENABLE_CAP_STRUCT
 from kvmsim.abi.structs import KVM_MP_STATE, KVM_REGS
 from kvmsim.engine.base import Parked
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, run
+from kvmsim.kvm import bus_lock, irqchip, run
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import KvmRun
 
@@ -63,6 +63,14 @@ class VcpuStatistics:
     owed: bool
 
 
+@runtime_checkable
+class ResetPart(Protocol):
+    """A part of a vCPU's state that power-on and INIT set back; others survive INIT."""
+
+    def reset(self) -> None:
+        """Back to the values after reset."""
+
+
 class Vcpu(VcpuFile):
     """One vCPU.
 
@@ -92,6 +100,8 @@ class Vcpu(VcpuFile):
         throttled_ns: time spent waiting for admission.
         exits: returns of KVM_RUN by exit reason.
         debug: its debug registers; None: never used, all as after reset.
+        state: parts that belong to one subsystem each; see ``state_of``.
+        state_protected: its registers are encrypted; user space reads and sets them no more.
     """
 
     __slots__ = (
@@ -100,7 +110,7 @@ class Vcpu(VcpuFile):
         *("phase", "since_ns", "wake_at_ns", "in_guest", "stop", "remaining_ns", "lock_done"),
         *("pending", "pending_rip", "io_done", "exits", "bus_locks", "throttled_ns"),
         *("detects", "fault_like", "bus_lock_exit", "bus_lock_counter", "owed"),
-        *("intercepted", "intercepted_rip", "compare_due", "debug"),
+        *("intercepted", "intercepted_rip", "compare_due", "debug", "state", "state_protected"),
     )
 
     def __init__(self, vm: Vm, vcpu_id: int, page: KvmRun | None = None) -> None:
@@ -115,10 +125,11 @@ class Vcpu(VcpuFile):
         self.closed = False
         self.has_run = False
         self.mp_state = caps.KVM_MP_STATE_RUNNABLE
-        if vm.irqchip and vcpu_id != 0:
+        boots = vcpu_id == irqchip.of(vm).boot_cpu
+        if vm.irqchip and not boots:
             self.mp_state = caps.KVM_MP_STATE_UNINITIALIZED
         self.cr8 = 0
-        self.apic_base = APIC_BASE | (APIC_BASE_BSP if vcpu_id == 0 else 0)
+        self.apic_base = APIC_BASE | (APIC_BASE_BSP if boots else 0)
         self.input = b""
         self.cpuid = b""
         self.phase = run.OUT
@@ -143,6 +154,8 @@ class Vcpu(VcpuFile):
         self.intercepted_rip = 0
         self.compare_due = False
         self.debug: GuestDebug | None = None
+        self.state: dict[Callable[[Vcpu], object], object] = {}
+        self.state_protected = False
         self._power_on()
 
     kvm_run = run.kvm_run
@@ -157,6 +170,11 @@ class Vcpu(VcpuFile):
         """Who made the VM."""
         return self.vm.creator
 
+    @property
+    def link_name(self) -> str:
+        """See :attr:`KvmFile.link_name`."""
+        return f"kvm-vcpu:{self.id}"
+
     def check(self, client: Client) -> None:
         """Refuse callers from another address space, and a dead VM.
 
@@ -170,8 +188,11 @@ class Vcpu(VcpuFile):
         """Registers and controls after reset."""
         self._regs = KVM_REGS.pack(rdx=RESET_RDX, rflags=RESET_RFLAGS)
         self.rip = RESET_RIP
-        self.ready_and_if = 1 if self.vm.irqchip else 0
+        self._note_interrupt_flag()
         self.bus_lock_counter = 0
+        for part in self.state.values():
+            if isinstance(part, ResetPart):
+                part.reset()
         if self.debug is not None:
             self.debug.reset()
         bus_lock.arm(self)
@@ -208,6 +229,12 @@ class Vcpu(VcpuFile):
         self._regs = bytearray(data)
         self.rip = KVM_REGS.get(data, "rip")
         KVM_REGS.put(self._regs, "rflags", KVM_REGS.get(data, "rflags") | RESET_RFLAGS)
+        self._note_interrupt_flag()
+
+    def _note_interrupt_flag(self) -> None:
+        """What the page says about interrupts; an in-kernel PIC injects them itself."""
+        enabled = int(bool(KVM_REGS.get(self._regs, "rflags") & RFLAGS_IF))
+        self.ready_and_if = (1 if self.vm.irqchip else enabled) | enabled << 8
 
     def set_mp_state(self, state: int) -> None:
         """KVM_SET_MP_STATE.
@@ -280,9 +307,3 @@ def enable_cap(vcpu: Vcpu, call: Call) -> int:
     """Hyper-V and paravirtual capabilities would be enabled here; there are none."""
     cap = ENABLE_CAP_STRUCT.get(call.read(ENABLE_CAP_STRUCT.size_bytes), "cap")
     raise KvmError(EINVAL, f"capability {cap} is not one of vCPU {vcpu.id}")
-
-
-@handles(VcpuFile, KVM_GET_TSC_KHZ)
-def get_tsc_khz(vcpu: Vcpu, call: Call) -> int:
-    """The guest's TSC frequency is the host's."""
-    return vcpu.vm.machine.preset.tsc_khz

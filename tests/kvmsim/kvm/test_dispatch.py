@@ -8,13 +8,32 @@ from kvmsim.kvm.client import LocalClient, copy_from_user, copy_to_user
 from kvmsim.kvm.dispatch import SystemFile, VcpuFile, VmFile, handles
 from kvmsim.kvm.system import System
 
+#: Hyper-V, nested virtualisation, dirty rings and pre-faulting; a VM has no attributes on x86.
+NOT_SERVED = {
+    "KVM_GET_NESTED_STATE",
+    "KVM_GET_SUPPORTED_HV_CPUID",
+    "KVM_HYPERV_EVENTFD",
+    "KVM_PRE_FAULT_MEMORY",
+    "KVM_RESET_DIRTY_RINGS",
+    "KVM_SET_NESTED_STATE",
+}
 TABLES = [(SystemFile, ioctls.SYSTEM), (VmFile, ioctls.VM), (VcpuFile, ioctls.VCPU)]
 
 
 @pytest.mark.parametrize(("kind", "table"), TABLES, ids=["system", "vm", "vcpu"])
-def test_every_request_of_the_table_has_a_handler_and_no_other_has(kind, table):
+def test_every_handler_is_for_a_request_of_the_table(kind, table):
     assert System is not None
-    assert set(kind.HANDLERS) == set(table.values())
+    assert set(kind.HANDLERS) <= set(table.values())
+
+
+def test_requests_not_served_are_known():
+    unserved = {
+        name
+        for kind, table in TABLES
+        for name, number in table.items()
+        if number not in kind.HANDLERS
+    }
+    assert unserved == NOT_SERVED
 
 
 def test_two_handlers_for_one_request_are_a_bug():
