@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from kvmsim.abi import caps
 from kvmsim.errors import KvmError
 from kvmsim.kvm.dispatch import VmFile, enables
+from kvmsim.kvm.protected import has_vmsa
 from kvmsim.kvm.sev_command import info
 from kvmsim.kvm.sev_vmsa import transfer
 
@@ -109,7 +110,7 @@ def _check_vcpus(vm: Vm, source: Vm) -> None:
         return
     if len(vm.vcpus) != len(source.vcpus):
         raise KvmError(EINVAL, "the numbers of vCPUs differ")
-    if not all(vcpu.state_protected for vcpu in source.vcpus.values()):
+    if not all(has_vmsa(vcpu) for vcpu in source.vcpus.values()):
         raise KvmError(EINVAL, "a vCPU of the source has no VMSA")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvmsim.abi import sev as abi
 from kvmsim.errors import KvmError
-from kvmsim.kvm import sev_vmsa
+from kvmsim.kvm import protected, sev_vmsa
 from kvmsim.kvm.client import copy_to_user
 from kvmsim.kvm.sev_command import (
     Params,
@@ -105,7 +105,7 @@ def launch_update_vmsa(vm: Vm, cmd: SevCmd, client: Client) -> None:
         sev_vmsa.check_can_be_protected(vcpu)
         page = sev_vmsa.page(vcpu)
         issue_known(vm, cmd, client, firmware.launch_update_vmsa, handle, page)
-        vcpu.state_protected = True
+        protected.protect(vcpu)
 
 
 def launch_secret(vm: Vm, cmd: SevCmd, client: Client) -> None:

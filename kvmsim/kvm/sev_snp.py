@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvmsim.abi import caps
 from kvmsim.abi import sev as abi
 from kvmsim.errors import KvmError
-from kvmsim.kvm import memslots, sev_vmsa
+from kvmsim.kvm import memslots, protected, sev_vmsa
 from kvmsim.kvm.sev_command import (
     PAGE_BYTES,
     Params,
@@ -158,4 +158,4 @@ def _add_vmsas(vm: Vm, cmd: SevCmd, client: Client, guest: SnpGuest) -> None:
             VMSA_PAGE_TYPE,
             page,
         )
-        vcpu.state_protected = True
+        protected.protect(vcpu)

@@ -1,4 +1,4 @@
-"""VMSA: the page that holds a vCPU's registers once they are encrypted, and who may still ask.
+"""VMSA: the page that holds a vCPU's registers once they are encrypted.
 
 The page has the layout of the hardware (AMD APM volume 2, table B-4), with the general registers,
 control registers and segments this model keeps; the rest is zeros. It is what a launch measures.
@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 from kvmsim.abi import caps
 from kvmsim.abi.structs import KVM_REGS
 from kvmsim.errors import KvmError
-from kvmsim.kvm import debug
+from kvmsim.kvm import debug, protected
 
 if TYPE_CHECKING:
     from kvmsim.kvm.vcpu import Vcpu
-    from kvmsim.kvm.vm import Vm
 
 PAGE_BYTES = 4096
 #: Member of ``kvm_regs`` -> offset in the page.
@@ -61,35 +60,12 @@ def check_can_be_protected(vcpu: Vcpu) -> None:
         KvmError: EINVAL: a debugger is on, breakpoints are set, or they are encrypted already.
     """
     state = debug.of(vcpu)
-    if state.control or state.dr7 != debug.DR7_RESET or vcpu.state_protected:
+    if state.control or state.dr7 != debug.DR7_RESET or protected.has_vmsa(vcpu):
         raise KvmError(EINVAL, f"vCPU {vcpu.id} is debugged, or protected already")
 
 
 def transfer(source: Vcpu, target: Vcpu) -> None:
     """The protected registers of one vCPU become another's, with a move of the guest."""
     target.set_regs(source.get_regs())
-    target.state_protected, source.state_protected = True, False
-
-
-# -- who may still ask ---------------------------------------------------------------------
-
-
-def has_protected_state(vm: Vm) -> bool:
-    """Whether the type of a VM is one whose registers get encrypted.
-
-    A VM of the default type made SEV-ES by the old command is not: Linux 6.12 goes by the type.
-    """
-    return vm.vm_type in {caps.KVM_X86_SEV_ES_VM, caps.KVM_X86_SNP_VM}
-
-
-def refuse_if_protected(vcpu: Vcpu) -> None:
-    """Refuse to get or set registers that are encrypted.
-
-    For KVM_GET and SET of REGS, SREGS, SREGS2, DEBUGREGS, FPU, XSAVE and XCRS. A vCPU of the
-    default VM type answers with what user space set last.
-
-    Raises:
-        KvmError: EINVAL.
-    """
-    if vcpu.state_protected and has_protected_state(vcpu.vm):
-        raise KvmError(EINVAL, f"the registers of vCPU {vcpu.id} are encrypted")
+    protected.protect(target)
+    protected.unprotect(source)
