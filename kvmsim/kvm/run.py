@@ -38,9 +38,10 @@ from kvmsim.engine.base import (
     IrqWindow,
     Mmio,
     Shutdown,
+    Signal,
 )
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, debug, exits
+from kvmsim.kvm import bus_lock, debug, exits, protected, sev
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import (
     U8_IMMEDIATE_EXIT,
@@ -90,6 +91,9 @@ class Throttled:
 Blocked = InGuest | Halted | Throttled
 
 THROTTLED = Throttled()
+
+#: What the processor reports when it cannot enter the guest (AMD, VMEXIT_INVALID).
+SVM_EXIT_ERR = 0xFFFF_FFFF_FFFF_FFFF
 
 # Where a vCPU is. Plain numbers: they are compared at every step.
 OUT = 0  # in user space
@@ -148,6 +152,9 @@ def kvm_run(vcpu: Vcpu, now_ns: int) -> Blocked | None:
     if vm.needs_init:
         _store(vcpu)
         raise KvmError(EINVAL, "an encrypted VM runs after KVM_SEV_INIT2")
+    if vm.sev_active and not sev.may_enter(vm):
+        leave(vcpu, exits.fail_entry(vcpu, SVM_EXIT_ERR), 0)
+        return None
     run.u32[U32_EXIT_REASON] = 0
     vcpu.has_run = True
     return enter(vcpu, now_ns)
@@ -157,7 +164,8 @@ def resume(vcpu: Vcpu, now_ns: int) -> Blocked | None:
     """Go on with KVM_RUN: the guest time is over, or the wait is.
 
     Raises:
-        KvmError: EAGAIN, an AP got its SIPI; call KVM_RUN again.
+        KvmError: EAGAIN, an AP got its SIPI; EINTR, a signal of the guest's script. Call KVM_RUN
+            again.
     """
     phase = vcpu.phase
     if phase == GUEST:
@@ -304,6 +312,8 @@ def _stopped(vcpu: Vcpu, stop: Stop, now_ns: int) -> Blocked | None:
             return None
         return enter(vcpu, now_ns)
     leave(vcpu, reason, KVM_RUN_X86_BUS_LOCK if detected and vcpu.bus_lock_exit else 0)
+    if reason == Exit.INTR:
+        raise KvmError(EINTR, "signal")
     return None
 
 
@@ -321,6 +331,9 @@ def _exit_reason(vcpu: Vcpu, stop: Stop, now_ns: int) -> int | None:
             exits.retire(vcpu, stop)
         case IrqWindow():
             reason = exits.irq_window(vcpu, stop)
+        case Signal():
+            vcpu.stop = None
+            reason = Exit.INTR
         case Shutdown():
             reason = exits.shutdown(vcpu)
         case InternalError():
@@ -349,7 +362,8 @@ def _take_over_page(vcpu: Vcpu) -> None:
     run = vcpu.run
     valid, dirty = run.u64[U64_VALID_REGS], run.u64[U64_DIRTY_REGS]
     if valid or dirty:
-        if (valid | dirty) & ~KVM_SYNC_X86_REGS:
+        hidden = protected.has_protected_state(vcpu.vm)
+        if (valid | dirty) & ~(0 if hidden else KVM_SYNC_X86_REGS):
             raise KvmError(EINVAL, "unsupported register set")
         if dirty:
             end = SYNC_REGS_OFFSET + KVM_REGS.size_bytes

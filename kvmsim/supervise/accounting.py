@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -48,16 +49,16 @@ class SocketAccounting:
 
     Args:
         connection: to the host, attached.
-        now_ns: the supervisor's time, for waits that end.
 
     Attributes:
+        now_ns: the supervisor's time, for waits that end.
         on_situation: called when a limit, freeze or move has changed what a process lives with.
     """
 
-    def __init__(self, connection: HostConnection, now_ns: Callable[[], int]) -> None:
+    def __init__(self, connection: HostConnection) -> None:
+        self.now_ns: Callable[[], int] = time.monotonic_ns
         self.on_situation: Callable[[Situation], None] | None = None
         self._connection = connection
-        self._now_ns = now_ns
         self._last_number = 0
         self._numbers: dict[Waiter, int] = {}
         self._waiters: dict[int, Waiter] = {}
@@ -159,7 +160,7 @@ class SocketAccounting:
         waiter = self._waiters.get(number)
         if waiter is not None:
             self._forget(waiter)
-            waiter.admitted(self._now_ns())
+            waiter.admitted(self.now_ns())
 
     def _hear_situation(self, params: bytes) -> None:
         situation = msgspec.json.decode(params, type=Situation)
@@ -170,7 +171,7 @@ class SocketAccounting:
 
     def _lost(self) -> None:
         """The host is gone: nobody waits for it any more."""
-        now_ns = self._now_ns()
+        now_ns = self.now_ns()
         for waiter in list(self._numbers):
             self._forget(waiter)
             waiter.admitted(now_ns)

@@ -53,7 +53,10 @@ class HostKeys(Keys):
         return Key(Asid(taken.number), HostCharge(kind, taken.charge))
 
     def _free(self, key: Key, *, tdx: bool) -> None:
+        charge = key.charge
+        if key.kind != charge.kind:  # after a move that charged the wrong kind
+            self._accounting.uncharge_asid(charge, key.kind)
         number = 0
-        if isinstance(key.charge, HostCharge):
-            number, key.charge.number = key.charge.number, 0
+        if isinstance(charge, HostCharge):
+            number, charge.number = charge.number, 0
         self._connection.post("client.free_key", FreeKey(key.asid, number, tdx))

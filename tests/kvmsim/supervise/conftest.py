@@ -128,7 +128,8 @@ class Supervisor:
     def __init__(self, path):
         self.connection = HostConnection.to(path)
         attached = self.connection.call("client.attach", Attach("test"), Attached)
-        self.accounting = SocketAccounting(self.connection, lambda: 7)
+        self.accounting = SocketAccounting(self.connection)
+        self.accounting.now_ns = lambda: 7
         machine = Machine(attached.preset, None, self.accounting)
         self.system = System(machine)
         self.system.keys = HostKeys(machine, self.connection)
