@@ -148,7 +148,7 @@ def _child(command: Command, channel: socket.socket) -> None:
         _refuse_tracer()
         devices = _make_namespace(command)
         listener = _install_filter(cgroup=command.cgroup_dir is not None)
-    except Unavailable as error:
+    except Exception as error:  # it has nowhere else to go
         channel.send(_UNAVAILABLE + b" " + str(error).encode())
         return
     numbers = " ".join(f"{dev} {ino}" for dev, ino in devices)

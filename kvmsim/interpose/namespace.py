@@ -36,9 +36,9 @@ def enter() -> None:
         uid, gid = os.getuid(), os.getgid()
         libc.unshare(libc.CLONE_NEWUSER | libc.CLONE_NEWNS)
         with suppress(OSError):
-            Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
-        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1", encoding="ascii")
-        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1", encoding="ascii")
+            Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1", encoding="utf-8")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1", encoding="utf-8")
     libc.mount("none", "/", "", libc.MS_REC | libc.MS_PRIVATE)
 
 
@@ -114,7 +114,7 @@ def _write_parameters(parameters: Mapping[str, str]) -> None:
     for path, text in parameters.items():
         file = Path("/sys/module", path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="ascii")
+        file.write_text(text, encoding="utf-8")
         file.chmod(0o444)
 
 

@@ -41,7 +41,7 @@ class Host:
 
 
 @pytest.fixture(scope="session")
-def _trapping():
+def trapping():
     host = make_host()
     try:
         host.run("true")
@@ -56,18 +56,18 @@ def make_host(preset="naples15", stops=()):
 
 
 @pytest.fixture
-def host(_trapping):
+def host(trapping):
     """Guests write "hi" to a serial port, then halt for ever."""
-    del _trapping
+    del trapping
     made = make_host(stops=[Io(port=0x3F8, size=1, data=b"hi"), Hlt()])
     yield made
     made.assert_nothing_left()
 
 
 @pytest.fixture
-def halted(_trapping):
+def halted(trapping):
     """Guests halt for ever."""
-    del _trapping
+    del trapping
     made = make_host()
     yield made
     made.assert_nothing_left()

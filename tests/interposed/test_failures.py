@@ -1,0 +1,73 @@
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+SUPERVISE = Path(__file__).parent / "supervise.py"
+
+pytestmark = pytest.mark.usefixtures("trapping")
+
+
+@pytest.mark.parametrize("mode", ["runs", "asks"])
+def test_calls_fail_at_once_when_the_supervisor_is_killed(compiled, mode):
+    command = [sys.executable, SUPERVISE, compiled("orphan"), mode]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor:
+        ready = supervisor.stdout.readline().split()
+        assert ready[0] == "ready"
+        supervisor.kill()
+        # The pipe's end comes when the client has ended too.
+        assert supervisor.stdout.read() == f"errno {errno.ENOSYS}\n"
+        assert supervisor.wait() == -signal.SIGKILL
+
+
+def test_second_listener_is_refused_with_its_reason(halted, capfd):
+    assert halted.run(sys.executable, SUPERVISE, "true") == 1
+    assert capfd.readouterr().err == (
+        "unavailable: this process is already under a seccomp listener "
+        "(another kvmsim run, or a container's); Linux allows one\n"
+    )
+
+
+def test_termination_of_the_supervisor_reaches_the_client(compiled):
+    command = [sys.executable, SUPERVISE, compiled("orphan"), "runs"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor:
+        client = int(supervisor.stdout.readline().split()[1])
+        supervisor.terminate()
+        assert supervisor.wait() == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.kill(client, 0)
+
+
+def test_traced_client_is_refused_with_its_reason(tmp_path):
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("no strace here")
+    command = [strace, "-f", "-o", tmp_path / "trace", sys.executable, SUPERVISE, "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("unavailable: the client is traced by process ")
+
+
+def test_client_without_privileges_gets_the_same_answers(compiled):
+    setpriv = shutil.which("setpriv")
+    if os.geteuid() != 0 or setpriv is None:
+        pytest.skip("takes root and setpriv; the other tests are this one for an ordinary user")
+    # The interpreter may be where only root can read.
+    reader = "+dac_read_search"
+    nobody = [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups"]
+    nobody += [f"--inh-caps=-all,{reader}", f"--ambient-caps=-all,{reader}"]
+    if subprocess.run([*nobody, "unshare", "-Um", "true"], check=False).returncode:
+        pytest.skip("no user namespaces without privileges here")
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        for name in ("spaces", "pointers", "signals"):
+            program = shutil.copy(compiled(name), directory)
+            command = [*nobody, sys.executable, SUPERVISE, program]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
