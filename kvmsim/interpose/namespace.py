@@ -46,11 +46,14 @@ def private_dev(devices: Sequence[str]) -> dict[str, Identity]:
     """Put a tmpfs over /dev that shows all of the old one, and ours.
 
     Args:
-        devices: names of the nodes to make; an old node of that name is hidden.
+        devices: names of the nodes to make; with any, the machine's own /dev/kvm and /dev/sev are
+            hidden. Empty: leave /dev as it is.
 
     Returns:
         How each is recognised.
     """
+    if not devices:
+        return {}
     old = os.open("/dev", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         libc.mount("kvmsim", "/dev", "tmpfs", libc.MS_NOSUID, "mode=755,size=1m")

@@ -48,7 +48,6 @@ BATCH: Final = 64
 _DOUBT_S = 0.001
 _DOUBTS = 5
 _LOW32 = 0xFFFF_FFFF
-_NAMES: dict[type, str] = {Vm: "kvm-vm"}
 
 
 @runtime_checkable
@@ -270,17 +269,11 @@ class Supervisor:
         self._number = number = notification[0]
         tap = self._tap
         answered = False
-        if type(file) is System and request != KVM_CREATE_VM:
-            # Whose address space and what time it is makes no difference there.
-            caller, now_ns = thread.process, self.loop.timeline.now_ns
-            caller.thread = thread
-        else:
-            now_ns = self.loop.catch_up() if request == KVM_RUN else self.loop.now_ns()
-            try:
-                caller = self.clients.caller(thread, notification[3])
-            except OSError:
-                self.listener.go_on(number)
-                return
+        try:
+            caller, now_ns = self._caller(thread, file, request, notification[3])
+        except OSError:
+            self.listener.go_on(number)
+            return
         try:
             if tap is not None and (errno := tap.called(file, request, arg, caller)):
                 raise KvmError(errno, "as the fault list says")
@@ -306,6 +299,17 @@ class Supervisor:
         if not answered:
             self.listener.answer(number, max(result, 0), max(-result, 0))
 
+    def _caller(
+        self, thread: Thread, file: KvmFile, request: int, pointer: int
+    ) -> tuple[Process, int]:
+        """Who calls, and what time it is; OSError when it is gone."""
+        if type(file) is System and request != KVM_CREATE_VM:
+            # Neither the address space nor the exact time makes a difference there.
+            thread.process.thread = thread
+            return thread.process, self.loop.timeline.now_ns
+        now_ns = self.loop.catch_up() if request == KVM_RUN else self.loop.now_ns()
+        return self.clients.caller(thread, pointer), now_ns
+
     def interrupt_all(self) -> None:
         """Let every KVM_RUN that waits return EINTR, as a signal to its thread would."""
         now_ns = self.loop.catch_up()
@@ -320,10 +324,9 @@ class Supervisor:
 
     def _hand_out(self, number: int, file: KvmFile) -> int:
         """Answer a call with a new descriptor; its number, or a negative errno."""
-        is_vcpu = isinstance(file, Vcpu)
-        name = f"kvm-vcpu:{file.id}" if isinstance(file, Vcpu) else _NAMES.get(type(file), "kvm")
+        size_bytes = MMAP_SIZE_BYTES if isinstance(file, Vcpu) else 0
         try:
-            descriptor, handed = self.descriptors.make(name, MMAP_SIZE_BYTES if is_vcpu else 0)
+            descriptor, handed = self.descriptors.make(file.link_name or "kvm", size_bytes)
         except OSError as error:
             self._released(file)
             self.listener.answer(number, 0, errno_of(error))
@@ -435,7 +438,8 @@ class Supervisor:
                 self._vcpu_released(run.vcpu)
             return
         try:
-            signalled = pending(run.thread.text("status"))
+            mask: int | None = getattr(run.vcpu, "signal_mask", None)
+            signalled = pending(run.thread.text("status"), mask)
         except OSError:
             signalled = False
         if signalled:
