@@ -180,6 +180,7 @@ class Supervisor:
             if not self._parked:
                 self._parked_one = trio.Event()
                 await self._parked_one.wait()
+                continue  # it may be over by now
             now_ns = self.loop.now_ns()
             look_at_ns = min(run.look_at_ns for run in self._parked)
             if look_at_ns > now_ns:
