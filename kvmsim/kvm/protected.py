@@ -1,9 +1,9 @@
 """Whose registers are encrypted, and what that closes to user space.
 
-Once a VMSA was measured the vCPU is protected. Getting and setting its registers is refused for the
-VM types made for it only (``vcpu.state_protected``); a VM of the default type made SEV-ES by the old
-command answers with what user space set last. A debugger is refused for both. Source: Linux 6.12
-x86.c, ``kvm->arch.has_protected_state`` and ``vcpu->arch.guest_state_protected``.
+Once a VMSA was measured the vCPU is protected. Getting and setting its registers is refused for
+the VM types made for it only (``vcpu.state_protected``); a VM of the default type made SEV-ES by
+the old command answers with what user space set last. A debugger is refused for both. Source:
+Linux 6.12 x86.c, ``kvm->arch.has_protected_state`` and ``vcpu->arch.guest_state_protected``.
 """
 
 from __future__ import annotations

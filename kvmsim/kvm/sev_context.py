@@ -80,6 +80,8 @@ def move_from(vm: Vm, enable: KvmEnableCap, client: Client) -> int:
 
 def _source(vm: Vm, enable: KvmEnableCap, client: Client) -> Vm:
     """The VM behind the descriptor, of which only 32 bits count."""
+    if vm.machine.preset.vendor == "intel":
+        raise KvmError(EINVAL, "the vendor's part of KVM has no such operation")
     number = enable.arg0 & 0xFFFF_FFFF
     source = client.resolve_fd(number - (1 << 32) if number >> 31 else number)
     if not isinstance(source, VmFile):
