@@ -6,10 +6,10 @@
      "arg": {"cap": 193, "flags": 0, "args": [2, 0, 0, 0], "name": "KVM_CAP_X86_BUS_LOCK_EXIT"},
      "result": 0, "errno": null, "took_ns": 9100}
 
-``time_ns`` counts from the start of the trace. ``arg`` is a number or the structure as the client
-passed it, ``out`` the structure afterwards, if KVM has changed it; pointers that cannot be read are ``{"address": N}``. A failed call has ``result`` -1 and the name of its errno. A
-KVM_RUN that returned 0 has ``exit``. ``result`` is null where the call is carried out by the real
-kernel.
+``time_ns`` counts from the start of the trace. ``arg`` is a number, or the structure as the client
+passed it; ``out`` is the structure afterwards, if KVM has changed it. A pointer that cannot be read
+is ``{"address": N}``. A failed call has ``result`` -1 and the name of its errno. A KVM_RUN that
+returned 0 has ``exit``. ``result`` is null where the call is carried out by the real kernel.
 """
 
 from __future__ import annotations
