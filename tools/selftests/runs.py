@@ -93,7 +93,7 @@ def _assertion(lines: Sequence[str]) -> str:
     message = [
         line
         for line in lines[1:]
-        if not line.startswith("pid=") and not line[:1].isdigit() and "(stack trace" not in line
+        if not line.startswith(("pid=", "(")) and not line[:1].isdigit()
     ]
     return f"{place.split('/')[-1]}: {message[0]}" if message else place
 

@@ -10,8 +10,9 @@ FAILED = dedent("""\
     ==== Test Assertion Failure ====
       x86_64/set_sregs_test.c:84: !rc
       pid=4021 tid=4021 errno=22 - Invalid argument
-         1	0x0000000000402b5e: main at set_sregs_test.c:84
-         2	0x00007f0c3a2456c9: ?? ??:0
+         1	0x0000000000402b5e: check at set_sregs_test.c:84
+         2	 (inlined by) main at set_sregs_test.c:97
+         3	0x00007f0c3a2456c9: ?? ??:0
       KVM_SET_SREGS failed
 """)
 
