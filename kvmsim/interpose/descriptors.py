@@ -103,12 +103,13 @@ class Descriptors:
         found = self._by_identity.get(identity)
         return None if found is None else found.file
 
-    def make(self, name: str, size_bytes: int = 0) -> tuple[Descriptor, int]:
+    def make(self, name: str, size_bytes: int = 0, mode: int = os.O_RDWR) -> tuple[Descriptor, int]:
         """Make a descriptor for an object; ``file`` is still to be set.
 
         Args:
             name: what /proc/PID/fd shows.
             size_bytes: of the memory that can be mapped.
+            mode: ``os.O_RDWR`` or ``os.O_RDONLY``, of the file handed out.
 
         Returns:
             The record, and the open file to hand out. It is to be closed here afterwards: if nobody
@@ -123,7 +124,7 @@ class Descriptors:
             os.ftruncate(memfd, size_bytes)
             fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, _SEALS)
             path = f"/proc/self/fd/{memfd}"
-            handed = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            handed = os.open(path, mode | os.O_CLOEXEC)
             fcntl.flock(handed, fcntl.LOCK_SH)
             watch = libc.inotify_add_watch(self.fd, path, _WATCHED)
             descriptor = Descriptor(memfd, watch)

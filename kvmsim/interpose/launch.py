@@ -23,7 +23,7 @@ from kvmsim.interpose import libc, namespace
 from kvmsim.interpose.errors import CommandNotRun, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from kvmsim.interpose.namespace import Identity
 
@@ -48,6 +48,7 @@ class Command:
         parameters: path below /sys/module -> text.
         cgroup_dir: tree to show on /sys/fs/cgroup.
         before_exec: called in this process with the client's pid before its program starts.
+        signal_mask: signals blocked in it; None: as in this process.
     """
 
     argv: Sequence[str]
@@ -56,6 +57,7 @@ class Command:
     parameters: Mapping[str, str] = field(default_factory=dict)
     cgroup_dir: str | None = None
     before_exec: Callable[[int], None] | None = None
+    signal_mask: Iterable[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,8 @@ def _child(command: Command, channel: socket.socket) -> None:
         return
     # Python ignores this one; programs do not expect that.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if command.signal_mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, command.signal_mask)
     env = dict(os.environ if command.env is None else command.env)
     try:
         os.execvpe(command.argv[0], list(command.argv), env)

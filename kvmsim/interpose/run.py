@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvmsim.vmm.timeline import Limiter
 
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP)
+_RECEIVED = (*_FORWARDED, signal.SIGINT, signal.SIGQUIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ def run(
         CommandNotRun: the program could not be executed.
     """
     files: dict[str, KvmFile] = {"kvm": emulated.system, **(emulated.devices or {})}
+    # From the fork on the client's end comes first; until trio looks for signals they wait.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _RECEIVED)
     command = Command(
         argv=argv,
         env=env,
@@ -86,12 +89,16 @@ def run(
         parameters=emulated.system.machine.parameters,
         cgroup_dir=cgroup_dir,
         before_exec=before_exec,
+        signal_mask=mask,
     )
-    launched = launch(command)
     try:
-        return trio.run(supervise, launched, emulated, files)
+        launched = launch(command)
+        try:
+            return trio.run(supervise, launched, emulated, files)
+        finally:
+            os.close(launched.pidfd)
     finally:
-        os.close(launched.pidfd)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 async def supervise(launched: Launched, emulated: Emulated, files: Mapping[str, KvmFile]) -> int:
@@ -109,7 +116,7 @@ async def supervise(launched: Launched, emulated: Emulated, files: Mapping[str, 
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
-            nursery.start_soon(_forward_signals, launched.pid)
+            await nursery.start(_forward_signals, launched.pid)
             if emulated.beside is not None:
                 nursery.start_soon(emulated.beside, supervisor)
             await supervisor.serve()
@@ -122,9 +129,13 @@ async def supervise(launched: Launched, emulated: Emulated, files: Mapping[str, 
     return code if code >= 0 else 128 - code
 
 
-async def _forward_signals(pid: int) -> None:
+async def _forward_signals(
+    pid: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     """The client ends first; an interrupt from the terminal reaches it by itself."""
-    with trio.open_signal_receiver(*_FORWARDED, signal.SIGINT, signal.SIGQUIT) as received:
+    with trio.open_signal_receiver(*_RECEIVED) as received:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _RECEIVED)
+        task_status.started()
         async for number in received:
             if number in _FORWARDED:
                 with suppress(ProcessLookupError):

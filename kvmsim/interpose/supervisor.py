@@ -58,6 +58,14 @@ class Releasable(Protocol):
         """The last descriptor was closed."""
 
 
+@runtime_checkable
+class Readable(Protocol):
+    """A file that is read like one on a disk, as KVM's statistics are."""
+
+    def content(self) -> bytes:
+        """All of it, as it is now; its length never changes."""
+
+
 class Tap(Protocol):
     """Sees every call; for traces and for faults made on purpose."""
 
@@ -120,6 +128,7 @@ class Supervisor:
         self._tap = tap
         self._other_calls = other_calls
         self._runs: dict[Vcpu, Run] = {}
+        self._readable: dict[Readable, Descriptor] = {}
         self._parked: dict[Run, None] = {}
         self._parked_one = trio.Event()
         self._late: list[Notification] = []
@@ -289,6 +298,7 @@ class Supervisor:
                 if not self._run(file, outcome, notification, thread, now_ns):
                     return
                 result = 0
+                self._write_contents()
         except KvmError as error:
             result = -error.errno
         except Exception:
@@ -326,8 +336,11 @@ class Supervisor:
     def _hand_out(self, number: int, file: KvmFile) -> int:
         """Answer a call with a new descriptor; its number, or a negative errno."""
         size_bytes = MMAP_SIZE_BYTES if isinstance(file, Vcpu) else 0
+        mode = os.O_RDWR
+        if isinstance(file, Readable):
+            size_bytes, mode = len(file.content()), os.O_RDONLY
         try:
-            descriptor, handed = self.descriptors.make(file.link_name or "kvm", size_bytes)
+            descriptor, handed = self.descriptors.make(file.link_name or "kvm", size_bytes, mode)
         except OSError as error:
             self._released(file)
             self.listener.answer(number, 0, errno_of(error))
@@ -337,6 +350,9 @@ class Supervisor:
             self._furnish(file, descriptor)
         elif isinstance(file, Vm):
             file.on_bus_lock = self.loop.timeline.bus_lock
+        elif isinstance(file, Readable):
+            self._readable[file] = descriptor
+            self._write_contents()
         try:
             return self.listener.answer_with_descriptor(number, handed)
         except OSError as error:
@@ -355,6 +371,12 @@ class Supervisor:
             vcpu.engine = self._engine(vcpu)
         self._runs[vcpu] = Run(vcpu, self.loop.timeline, self._run_ended)
 
+    def _write_contents(self) -> None:
+        """Bring what clients can read without a call up to date."""
+        for file, descriptor in self._readable.items():
+            if descriptor.memory is not None:
+                descriptor.memory[:] = file.content()
+
     def _note_closes(self) -> None:
         for file in self.descriptors.closed():
             self._released(file)
@@ -365,6 +387,8 @@ class Supervisor:
             self._vcpu_released(file)
         elif isinstance(file, Vm):
             file.release()
+        elif isinstance(file, Readable):
+            self._readable.pop(file, None)
         elif isinstance(file, Releasable):
             file.release(self.loop.catch_up())
 
@@ -405,6 +429,7 @@ class Supervisor:
         assert notification is not None
         assert thread is not None
         errno = 0 if error is None else error.errno
+        self._write_contents()
         if self._tap is not None:
             caller = thread.process
             self._tap.returned(

@@ -13,7 +13,7 @@ def test_client_gets_from_open_to_a_scripted_exit(host, compiled, capfd, flags):
     assert capfd.readouterr().out == "done\n"
 
 
-@pytest.mark.parametrize("name", ["pointers", "spaces"])
+@pytest.mark.parametrize("name", ["pointers", "spaces", "stats"])
 def test_client_finds_what_linux_would_give(halted, compiled, capfd, name):
     status = halted.run(compiled(name))
     assert (capfd.readouterr().out, status) == ("", 0)

@@ -82,7 +82,7 @@ static unsigned long argument(void)
 
 static void keep(int fd)
 {
-	int slot = 2 + below(KINDS - 2);
+	int slot = 4 + below(KINDS - 4);
 
 	close(fds[slot]);
 	fds[slot] = fd;
@@ -108,9 +108,19 @@ int main(int argc, char **argv)
 	CHECK(sigaction(SIGALRM, &action, NULL) == 0);
 	CHECK(setitimer(ITIMER_REAL, &timer, NULL) == 0);
 	for (int call = 0; call < calls; call++) {
-		int fd = below(50) ? fds[below(KINDS)] : (int)below(64), result;
+		int fd = below(50) ? fds[below(3) ? below(4) : below(KINDS)] : (int)below(64), result;
 		unsigned int number = request();
 
+		if (below(64) == 0) {
+			close(fds[2]);
+			close(fds[3]);
+			fds[2] = ioctl(fds[0], KVM_CREATE_VM, (unsigned long)below(5));
+			if (below(2))
+				sev_init(fds[2]);
+			if (below(2))
+				ioctl(fds[2], KVM_CREATE_IRQCHIP, 0UL);
+			fds[3] = ioctl(fds[2], KVM_CREATE_VCPU, 0UL);
+		}
 		randomize();
 		if (number == KVM_CREATE_VCPU || number == KVM_CREATE_VM)
 			result = ioctl(fd, number, (unsigned long)below(6));

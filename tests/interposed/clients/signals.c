@@ -100,6 +100,23 @@ int main(void)
 	CHECK(sigprocmask(SIG_SETMASK, &old, NULL) == 0);
 	CHECK(handled == SIGALRM);
 
+	/* Blocked outside, let in by KVM: it stays pending until user space takes it. */
+	struct {
+		struct kvm_signal_mask head;
+		uint64_t set;
+	} __attribute__((packed)) mask = {{.len = 8}, 0};
+
+	CHECK(ioctl(vcpu, KVM_SET_SIGNAL_MASK, &mask) == 0);
+	CHECK(sigprocmask(SIG_BLOCK, &alarms, &old) == 0);
+	handled = 0;
+	CHECK(kill(getpid(), SIGALRM) == 0);
+	FAILS(EINTR, ioctl(vcpu, KVM_RUN, 0));
+	FAILS(EINTR, ioctl(vcpu, KVM_RUN, 0));
+	CHECK(!handled);
+	CHECK(sigwaitinfo(&alarms, NULL) == SIGALRM);
+	CHECK(sigprocmask(SIG_SETMASK, &old, NULL) == 0);
+	CHECK(ioctl(vcpu, KVM_SET_SIGNAL_MASK, NULL) == 0);
+
 	/* Another thread's call for the vCPU waits for the end of KVM_RUN. */
 	alarm_in(50000);
 	CHECK(pthread_create(&other, NULL, get_regs, &result) == 0);
