@@ -7,10 +7,12 @@ import resource
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
+from kvmsim.interpose.cgroup_calls import CgroupCalls
 from kvmsim.interpose.launch import Command, launch
 from kvmsim.interpose.notify import Listener
 from kvmsim.interpose.supervisor import Supervisor
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from kvmsim.engine.base import GuestEngine
     from kvmsim.interpose.launch import Launched
-    from kvmsim.interpose.supervisor import Tap
+    from kvmsim.interpose.supervisor import OtherCalls, Tap
     from kvmsim.kvm.dispatch import KvmFile
     from kvmsim.kvm.system import System
     from kvmsim.kvm.vcpu import Vcpu
@@ -94,14 +96,20 @@ def run(
     try:
         launched = launch(command)
         try:
-            return trio.run(supervise, launched, emulated, files)
+            other_calls = CgroupCalls(Path(cgroup_dir).stat().st_dev) if cgroup_dir else None
+            return trio.run(supervise, launched, emulated, files, other_calls)
         finally:
             os.close(launched.pidfd)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-async def supervise(launched: Launched, emulated: Emulated, files: Mapping[str, KvmFile]) -> int:
+async def supervise(
+    launched: Launched,
+    emulated: Emulated,
+    files: Mapping[str, KvmFile],
+    other_calls: OtherCalls | None = None,
+) -> int:
     """Serve a launched client until its tree has ended; its exit status."""
     _allow_many_descriptors()
     stall_ns = emulated.system.machine.bus_lock_stall_ns
@@ -112,6 +120,7 @@ async def supervise(launched: Launched, emulated: Emulated, files: Mapping[str, 
         loop,
         engine=emulated.engine,
         tap=emulated.tap,
+        other_calls=other_calls,
     )
     try:
         async with trio.open_nursery() as nursery:

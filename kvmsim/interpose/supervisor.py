@@ -264,6 +264,7 @@ class Supervisor:
 
     def _handle_other(self, notification: Notification, thread: Thread) -> None:
         result = None
+        self._number = notification[0]
         if self._other_calls is not None:
             with suppress(OSError):
                 result = self._other_calls.answer(notification, thread)

@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ class Host:
     emulated: Emulated
 
     def run(self, *argv, **options):
-        return run([str(arg) for arg in argv], replace(self.emulated, **options))
+        return run([str(arg) for arg in argv], self.emulated, **options)
 
     def limit_asids(self, number):
         self.roots.controller("misc").set_capacity("sev", number)

@@ -1,4 +1,5 @@
 import os
+import tempfile
 
 import pytest
 
@@ -68,3 +69,11 @@ def test_nothing_of_the_client_is_seen_outside(halted):
     halted.run("true")
     assert os.stat("/dev").st_ino == before
     assert os.getpid() == HERE
+
+
+def test_tree_in_place_of_the_cgroups_passes_for_cgroup2(halted, compiled, capfd):
+    # Any file system of its own will do; the emulated one's files are served elsewhere.
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as tree:
+        os.mkdir(f"{tree}/child")
+        status = halted.run(compiled("cgroup"), cgroup_dir=tree)
+    assert (capfd.readouterr().out, status) == ("", 0)
