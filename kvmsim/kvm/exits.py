@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kvmsim.abi.caps import KVM_MP_STATE_HALTED
 from kvmsim.abi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, Exit
 from kvmsim.abi.run import PIO_DATA_OFFSET
+from kvmsim.kvm import coalesced
 
 if TYPE_CHECKING:
     from kvmsim.engine.base import (
@@ -47,9 +48,19 @@ def hlt(vcpu: Vcpu, stop: Hlt, now_ns: int) -> int | None:
     return None
 
 
-def io(vcpu: Vcpu, stop: Io) -> int:
+def io(vcpu: Vcpu, stop: Io) -> int | None:
     """IN or OUT. OUTS goes out one element at a time, INS all at once."""
     size = stop.size
+    if stop.data and vcpu.vm.coalesced_zones:
+        while vcpu.io_done < len(stop.data):
+            element = stop.data[vcpu.io_done : vcpu.io_done + size]
+            if not coalesced.collect(vcpu, stop.port, element, pio=True):
+                break
+            vcpu.io_done += size
+        else:
+            vcpu.io_done = 0
+            retire(vcpu, stop)
+            return None
     if stop.data:
         element = stop.data[vcpu.io_done : vcpu.io_done + size]
         vcpu.run.memory[PIO_DATA_OFFSET : PIO_DATA_OFFSET + len(element)] = element
@@ -75,9 +86,12 @@ def complete_io(vcpu: Vcpu, stop: Io) -> None:
     retire(vcpu, stop)
 
 
-def mmio(vcpu: Vcpu, stop: Mmio) -> int:
+def mmio(vcpu: Vcpu, stop: Mmio) -> int | None:
     """An access without a memslot."""
     data = stop.data
+    if data and vcpu.vm.coalesced_zones and coalesced.collect(vcpu, stop.gpa, data, pio=False):
+        retire(vcpu, stop)
+        return None
     size = len(data) if data else stop.size
     pack_into("<Q8sIB", vcpu.run.memory, 32, stop.gpa, data, size, bool(data))
     vcpu.pending, vcpu.pending_rip = stop, vcpu.rip

@@ -218,7 +218,7 @@ def _slot(vm: Vm, data: bytes) -> Slot:
     )
 
 
-def _check(slot: Slot: Slot) -> None:
+def _check(slot: Slot) -> None:
     """What is wrong with a region whatever the others are."""
     space, slot.number = slot.number >> 16, slot.number & 0xFFFF
     unaligned = (slot.size_bytes | slot.gpa | slot.hva) % PAGE_SIZE

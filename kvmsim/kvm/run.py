@@ -26,8 +26,7 @@ from kvmsim.abi.caps import (
 )
 from kvmsim.abi.exits import KVM_RUN_X86_BUS_LOCK, Exit
 from kvmsim.abi.ioctls import KVM_RUN
-from kvmsim.abi.run import KVM_SYNC_X86_REGS, SYNC_REGS_OFFSET
-from kvmsim.abi.structs import KVM_REGS
+from kvmsim.abi.run import KVM_SYNC_X86_VALID_FIELDS
 from kvmsim.engine.base import (
     BusLock,
     Debug,
@@ -41,12 +40,12 @@ from kvmsim.engine.base import (
     Signal,
 )
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, debug, exits, protected, sev
+from kvmsim.kvm import bus_lock, debug, exits, protected, sev, sync_regs
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import (
-    U8_IMMEDIATE_EXIT,
     U16_FLAGS,
     U16_READY_AND_IF,
+    U16_WISHES,
     U32_EXIT_REASON,
     U64_APIC_BASE,
     U64_CR8,
@@ -94,6 +93,7 @@ THROTTLED = Throttled()
 
 #: What the processor reports when it cannot enter the guest (AMD, VMEXIT_INVALID).
 SVM_EXIT_ERR = 0xFFFF_FFFF_FFFF_FFFF
+CR8_MAX = 15
 
 # Where a vCPU is. Plain numbers: they are compared at every step.
 OUT = 0  # in user space
@@ -133,7 +133,8 @@ def kvm_run(vcpu: Vcpu, now_ns: int) -> Blocked | None:
         msg = f"vCPU {vcpu.id} is in KVM_RUN already"
         raise RuntimeError(msg)
     run = vcpu.run
-    immediate_exit = run.u8[U8_IMMEDIATE_EXIT]
+    wishes = run.u16[U16_WISHES]
+    immediate_exit = wishes >> 8
     run.u16[U16_FLAGS] = 0
     if vcpu.mp_state == KVM_MP_STATE_UNINITIALIZED:
         if immediate_exit:
@@ -149,15 +150,25 @@ def kvm_run(vcpu: Vcpu, now_ns: int) -> Blocked | None:
     if immediate_exit:
         _store(vcpu)
         raise KvmError(EINTR, "immediate_exit")
-    if vm.needs_init:
-        _store(vcpu)
-        raise KvmError(EINVAL, "an encrypted VM runs after KVM_SEV_INIT2")
-    if vm.sev_active and not sev.may_enter(vm):
-        leave(vcpu, exits.fail_entry(vcpu, SVM_EXIT_ERR), 0)
+    if (vm.needs_init or vm.sev_active) and not _may_enter_encrypted(vcpu):
         return None
     run.u32[U32_EXIT_REASON] = 0
     vcpu.has_run = True
+    if wishes and vcpu.ready_and_if == exits.READY_AND_IF and not vm.irqchip:
+        leave(vcpu, Exit.IRQ_WINDOW_OPEN, 0)
+        return None
     return enter(vcpu, now_ns)
+
+
+def _may_enter_encrypted(vcpu: Vcpu) -> bool:
+    """Whether an encrypted VM is ready; False: the exit is in the page."""
+    if vcpu.vm.needs_init:
+        _store(vcpu)
+        raise KvmError(EINVAL, "an encrypted VM runs after KVM_SEV_INIT2")
+    if sev.may_enter(vcpu.vm):
+        return True
+    leave(vcpu, exits.fail_entry(vcpu, SVM_EXIT_ERR), 0)
+    return False
 
 
 def resume(vcpu: Vcpu, now_ns: int) -> Blocked | None:
@@ -363,14 +374,25 @@ def _take_over_page(vcpu: Vcpu) -> None:
     valid, dirty = run.u64[U64_VALID_REGS], run.u64[U64_DIRTY_REGS]
     if valid or dirty:
         hidden = protected.has_protected_state(vcpu.vm)
-        if (valid | dirty) & ~(0 if hidden else KVM_SYNC_X86_REGS):
+        if (valid | dirty) & ~(0 if hidden else KVM_SYNC_X86_VALID_FIELDS):
+            _store(vcpu)
             raise KvmError(EINVAL, "unsupported register set")
         if dirty:
-            end = SYNC_REGS_OFFSET + KVM_REGS.size_bytes
-            vcpu.set_regs(bytes(run.memory[SYNC_REGS_OFFSET:end]))
-            run.u64[U64_DIRTY_REGS] = 0
+            _apply(vcpu, dirty)
     if not vcpu.vm.irqchip:
-        vcpu.cr8 = run.u64[U64_CR8]
+        cr8 = run.u64[U64_CR8]
+        if cr8 > CR8_MAX:
+            _store(vcpu)
+            raise KvmError(EINVAL, f"CR8 {cr8:#x}")
+        vcpu.cr8 = cr8
+
+
+def _apply(vcpu: Vcpu, dirty: int) -> None:
+    try:
+        sync_regs.take_over(vcpu, dirty)
+    except KvmError:
+        _store(vcpu)
+        raise
 
 
 def _store(vcpu: Vcpu) -> None:
@@ -379,6 +401,6 @@ def _store(vcpu: Vcpu) -> None:
     run.u16[U16_READY_AND_IF] = vcpu.ready_and_if
     run.u64[U64_CR8] = vcpu.cr8
     run.u64[U64_APIC_BASE] = vcpu.apic_base
-    if run.u64[U64_VALID_REGS] & KVM_SYNC_X86_REGS:
-        end = SYNC_REGS_OFFSET + KVM_REGS.size_bytes
-        run.memory[SYNC_REGS_OFFSET:end] = vcpu.get_regs()
+    valid = run.u64[U64_VALID_REGS]
+    if valid:
+        sync_regs.store(vcpu, valid)

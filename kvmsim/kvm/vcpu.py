@@ -14,13 +14,14 @@ from kvmsim.abi.ioctls import (
     KVM_GET_REGS,
     KVM_SET_MP_STATE,
     KVM_SET_REGS,
+    KVM_SET_SIGNAL_MASK,
 )
-from kvmsim.abi.regs import RFLAGS_IF
+from kvmsim.abi.regs import KVM_SIGNAL_MASK, RFLAGS_IF
 from kvmsim.abi.structs import KVM_ENABLE_CAP as ENABLE_CAP_STRUCT
 from kvmsim.abi.structs import KVM_MP_STATE, KVM_REGS
 from kvmsim.engine.base import Parked
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, irqchip, run
+from kvmsim.kvm import bus_lock, irqchip, protected, run
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import KvmRun
 
@@ -38,6 +39,7 @@ RESET_RDX = 0x600
 RESET_RFLAGS = 0x2
 APIC_BASE = 0xFEE00800
 APIC_BASE_BSP = 0x100
+SIGSET_BYTES = 8
 
 _PARKED = Parked()
 
@@ -101,6 +103,8 @@ class Vcpu(VcpuFile):
         exits: returns of KVM_RUN by exit reason.
         debug: its debug registers; None: never used, all as after reset.
         state: parts that belong to one subsystem each; see ``state_of``.
+        enforces_pv_cpuid: the guest has only the paravirtual features its CPUID shows.
+        signal_mask: signals blocked while it is in KVM_RUN, bit 0 for number 1; None: as outside.
         state_protected: its registers are encrypted; user space reads and sets them no more.
     """
 
@@ -111,6 +115,7 @@ class Vcpu(VcpuFile):
         *("pending", "pending_rip", "io_done", "exits", "bus_locks", "throttled_ns"),
         *("detects", "fault_like", "bus_lock_exit", "bus_lock_counter", "owed"),
         *("intercepted", "intercepted_rip", "compare_due", "debug", "state", "state_protected"),
+        *("enforces_pv_cpuid", "signal_mask"),
     )
 
     def __init__(self, vm: Vm, vcpu_id: int, page: KvmRun | None = None) -> None:
@@ -129,10 +134,10 @@ class Vcpu(VcpuFile):
         if vm.irqchip and not boots:
             self.mp_state = caps.KVM_MP_STATE_UNINITIALIZED
         self.cr8 = 0
-        self.apic_base = APIC_BASE | (APIC_BASE_BSP if boots else 0)
+        self.apic_base: int = APIC_BASE | (APIC_BASE_BSP if boots else 0)
         self.input = b""
         self.cpuid = b""
-        self.phase = run.OUT
+        self.phase: int = run.OUT
         self.since_ns = 0
         self.wake_at_ns: int | None = None
         self.in_guest = run.InGuest()
@@ -142,9 +147,9 @@ class Vcpu(VcpuFile):
         self.pending: Stop | None = None
         self.pending_rip = 0
         self.io_done = 0
-        self.exits = [0] * NR_EXITS
-        self.bus_locks = 0
-        self.throttled_ns = 0
+        self.exits: list[int] = [0] * NR_EXITS
+        self.bus_locks: int = 0
+        self.throttled_ns: int = 0
         self.detects = mechanism != "none"
         self.fault_like = mechanism == "fault"
         self.bus_lock_exit = False
@@ -156,6 +161,8 @@ class Vcpu(VcpuFile):
         self.debug: GuestDebug | None = None
         self.state: dict[Callable[[Vcpu], object], object] = {}
         self.state_protected = False
+        self.enforces_pv_cpuid = False
+        self.signal_mask: int | None = None
         self._power_on()
 
     kvm_run = run.kvm_run
@@ -277,6 +284,7 @@ class Vcpu(VcpuFile):
 @handles(VcpuFile, KVM_GET_REGS)
 def get_regs(vcpu: Vcpu, call: Call) -> int:
     """Copy the registers out."""
+    protected.refuse(vcpu)
     call.write(vcpu.get_regs())
     return 0
 
@@ -284,6 +292,7 @@ def get_regs(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_REGS)
 def set_regs(vcpu: Vcpu, call: Call) -> int:
     """Take registers over."""
+    protected.refuse(vcpu)
     vcpu.set_regs(call.read(KVM_REGS.size_bytes))
     return 0
 
@@ -304,6 +313,28 @@ def set_mp_state(vcpu: Vcpu, call: Call) -> int:
 
 @handles(VcpuFile, KVM_ENABLE_CAP)
 def enable_cap(vcpu: Vcpu, call: Call) -> int:
-    """Hyper-V and paravirtual capabilities would be enabled here; there are none."""
-    cap = ENABLE_CAP_STRUCT.get(call.read(ENABLE_CAP_STRUCT.size_bytes), "cap")
-    raise KvmError(EINVAL, f"capability {cap} is not one of vCPU {vcpu.id}")
+    """Of the capabilities of vCPUs only the paravirtual one; Hyper-V's are not there.
+
+    Raises:
+        KvmError: EFAULT; EINVAL.
+    """
+    data = call.read(ENABLE_CAP_STRUCT.size_bytes)
+    cap = ENABLE_CAP_STRUCT.get(data, "cap")
+    if ENABLE_CAP_STRUCT.get(data, "flags") or cap != caps.KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
+        raise KvmError(EINVAL, f"capability {cap} is not one of vCPU {vcpu.id}")
+    vcpu.enforces_pv_cpuid = bool(ENABLE_CAP_STRUCT.get(data, "args"))
+    return 0
+
+
+@handles(VcpuFile, KVM_SET_SIGNAL_MASK)
+def set_signal_mask(vcpu: Vcpu, call: Call) -> int:
+    """Choose which signals are blocked during KVM_RUN; a null pointer: as outside."""
+    if call.arg == 0:
+        vcpu.signal_mask = None
+        return 0
+    size_bytes = KVM_SIGNAL_MASK.get(call.read(KVM_SIGNAL_MASK.size_bytes), "len")
+    if size_bytes != SIGSET_BYTES:
+        raise KvmError(EINVAL, f"a signal set of {size_bytes} bytes")
+    mask = call.read(SIGSET_BYTES, KVM_SIGNAL_MASK.size_bytes)
+    vcpu.signal_mask = int.from_bytes(mask, "little")
+    return 0

@@ -19,7 +19,7 @@ from kvmsim.abi.ioctls import (
 )
 from kvmsim.abi.structs import KVM_ENABLE_CAP as ENABLE_CAP_STRUCT
 from kvmsim.errors import KvmError
-from kvmsim.kvm import irqchip, protected, sev
+from kvmsim.kvm import clock, irqchip, protected, sev
 from kvmsim.kvm.dispatch import ENABLERS, VmFile, handles
 from kvmsim.kvm.memslots import SlotMemory
 from kvmsim.kvm.vcpu import Vcpu
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kvmsim.host.accounting import Accounting
     from kvmsim.host.machine import Machine
     from kvmsim.kvm.client import Client
+    from kvmsim.kvm.coalesced import Zone
     from kvmsim.kvm.dispatch import Call
     from kvmsim.kvm.memslots import GuestMemory
     from kvmsim.kvm.page import KvmRun
@@ -115,6 +116,7 @@ class Vm(VmFile):
         on_bus_lock: called with (vcpu, now_ns) whenever a guest of it takes a bus lock, detected
             or not: whoever simulates the machine stalls the other CPUs.
         state: parts that belong to one subsystem each; see ``state_of``.
+        coalesced_zones: where the guest's writes are collected instead of being exits.
         memory: reads guest-physical memory; by default through the slots from the creator's memory.
     """
 
@@ -122,6 +124,7 @@ class Vm(VmFile):
         *("system", "machine", "accounting", "vm_type", "vcpus", "irqchip", "max_vcpu_ids"),
         *("bus_lock_detection", "needs_init", "sev_active", "es_active", "vmsa_features"),
         *("ghcb_version", "key", "dead", "on_bus_lock", "state", "memory"),
+        *("coalesced_zones",),
         *("_creator", "_references", "_released"),
     )
 
@@ -144,6 +147,7 @@ class Vm(VmFile):
         self.on_bus_lock: Callable[[Vcpu, int], None] | None = None
         self.state: dict[Callable[[Vm], object], object] = {}
         self.memory: GuestMemory = SlotMemory(self)
+        self.coalesced_zones: tuple[Zone, ...] = ()
         self._creator = creator
         self._references = 1
         self._released = False
@@ -320,7 +324,9 @@ def enable_cap(vm: Vm, call: Call) -> int:
 @handles(VmFile, KVM_CREATE_VCPU)
 def create_vcpu(vm: Vm, call: Call) -> Vcpu:
     """Make a vCPU; whoever called turns the object into a descriptor."""
-    return vm.create_vcpu(call.value)
+    vcpu = vm.create_vcpu(call.value)
+    clock.vcpu_created(vcpu, call.now_ns)
+    return vcpu
 
 
 @handles(VmFile, KVM_MEMORY_ENCRYPT_OP)

@@ -52,6 +52,7 @@ SINCE = {
     "kvm_tdx_cmd": "#ifdef NEVER",
     "kvm_userspace_memory_region2": "#ifdef KVM_SET_USER_MEMORY_REGION2",
     "kvm_create_guest_memfd": "#ifdef KVM_CREATE_GUEST_MEMFD",
+    "kvm_run.memory_fault": "#ifdef KVM_EXIT_MEMORY_FAULT",
     "kvm_memory_attributes": "#ifdef KVM_SET_MEMORY_ATTRIBUTES",
 }
 
