@@ -84,7 +84,7 @@ class LocalClient:
         self.mm: object = pid
         self.memlock_bytes: int | None = None
         self.files: dict[int, object] = {}
-        self._mapped: dict[int, bytearray] = {}
+        self._mapped: dict[int, bytes | bytearray] = {}
         self._end = self._FIRST_ADDRESS
 
     def install(self, file: KvmFile | None) -> int:
@@ -97,8 +97,8 @@ class LocalClient:
             raise KvmError(EBADF, f"descriptor {fd}")
         return cast("KvmFile | None", self.files[fd])
 
-    def map(self, data: bytearray) -> int:
-        """Give a buffer an address, for structures that contain pointers."""
+    def map(self, data: bytes | bytearray) -> int:
+        """Give a buffer an address, for structures that contain pointers; bytes are read-only."""
         address = self._end
         self._mapped[address] = data
         # A gap after each buffer, so that running over its end is a fault.
@@ -119,11 +119,11 @@ class LocalClient:
 
     def mapped(self, address: int, size_bytes: int, *, writable: bool) -> bool:
         """See :meth:`Client.mapped`. A buffer maps the whole of every page it touches."""
-        del writable
-        return any(
-            start <= address and address + size_bytes <= start + -(-len(data) // 4096) * 4096
-            for start, data in self._mapped.items()
-        )
+        for start, data in self._mapped.items():
+            end = start + -(-len(data) // 4096) * 4096
+            if start <= address and address + size_bytes <= end:
+                return isinstance(data, bytearray) or not writable
+        return False
 
     def read(self, address: int, size_bytes: int) -> bytes:
         """See :meth:`Client.read`."""
@@ -133,9 +133,11 @@ class LocalClient:
     def write(self, address: int, data: bytes) -> None:
         """See :meth:`Client.write`."""
         target, offset = self._find(address, len(data))
+        if isinstance(target, bytes):
+            raise KvmError(EFAULT, f"read-only at {address:#x}")
         target[offset : offset + len(data)] = data
 
-    def _find(self, address: int, size_bytes: int) -> tuple[bytearray, int]:
+    def _find(self, address: int, size_bytes: int) -> tuple[bytes | bytearray, int]:
         for start, data in self._mapped.items():
             if start <= address and address + size_bytes <= start + len(data):
                 return data, address - start

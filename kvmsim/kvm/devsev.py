@@ -104,22 +104,16 @@ def issue_cmd(file: SevFile, call: Call) -> int:
         raise KvmError(EINVAL, f"no command {number}")
     command = Command(file, call.client, layout.get(raw, "data"), layout.get(raw, "error"))
     try:
-        _run(command, number, run)
-    finally:
-        layout.put(raw, "error", command.error)
-        call.write(raw)
-    return 0
-
-
-def _run(command: Command, number: int, run: Callable[[Command], None]) -> None:
-    """Carry out a command; what the firmware refuses is EIO."""
-    try:
         run(command)
     except FirmwareError as refused:
         command.error = refused.status
         raise KvmError(EIO, str(refused)) from refused
-    if number not in {psp.SNP_COMMIT, psp.SNP_SET_CONFIG}:
+    else:
         command.error = psp.Status.SUCCESS
+    finally:
+        layout.put(raw, "error", command.error)
+        call.write(raw)
+    return 0
 
 
 def _factory_reset(command: Command) -> None:

@@ -23,7 +23,7 @@ def vmsa(vmm, vm, **values):
     assert outcome.answer == (0, 0)
 
 
-# -- mirror --------------------------------------------------------------------------------------
+# -- mirror ----------------------------------------------------------------------------------------
 
 
 def test_mirror_shares_the_guest_and_is_charged_nothing(vmm, accounting):
@@ -136,7 +136,7 @@ def test_quirk_mirror_drops_vmsa_features(vmm_on, quirk, features):
     assert (owner.vmsa_features, mirror.vmsa_features) == (32, features)
 
 
-# -- move ----------------------------------------------------------------------------------------
+# -- move ------------------------------------------------------------------------------------------
 
 
 def test_move_takes_everything_and_leaves_a_dead_vm(vmm, accounting):

@@ -5,6 +5,7 @@ from errno import EBADF, EFAULT, EINVAL, EIO, ENOMEM, ENOTTY
 import pytest
 
 from kvmsim.abi import sev as abi
+from kvmsim.kvm import sregs
 from kvmsim.sev import transport
 
 SEV, SEV_ES = 2, 3
@@ -22,7 +23,7 @@ def measure(vmm, vm, length=256):
     return outcome, buffer
 
 
-# -- LAUNCH_START ----------------------------------------------------------------------------
+# -- LAUNCH_START ----------------------------------------------------------------------------------
 
 
 def test_start_gives_a_handle_and_remembers_the_descriptor(vmm):
@@ -127,7 +128,7 @@ def test_command_after_the_descriptor_was_closed_is_ebadf(vmm):
     assert vmm.status(vm).answer == (EBADF, UNTOUCHED)
 
 
-# -- LAUNCH_UPDATE_DATA ----------------------------------------------------------------------
+# -- LAUNCH_UPDATE_DATA ----------------------------------------------------------------------------
 
 
 def test_loaded_memory_is_encrypted_in_place(vmm):
@@ -193,7 +194,7 @@ def test_load_after_the_measurement_is_a_wrong_state(vmm):
     assert vmm.load(vm, address, 4096).answer == (EIO, INVALID_STATE)
 
 
-# -- LAUNCH_UPDATE_VMSA ----------------------------------------------------------------------
+# -- LAUNCH_UPDATE_VMSA ----------------------------------------------------------------------------
 
 
 def update_vmsa(vmm, vm):
@@ -238,7 +239,7 @@ def test_vmsa_after_the_measurement_is_a_wrong_state(vmm):
     assert update_vmsa(vmm, vm).answer == (EIO, INVALID_STATE)
 
 
-# -- LAUNCH_MEASURE --------------------------------------------------------------------------
+# -- LAUNCH_MEASURE --------------------------------------------------------------------------------
 
 
 def test_length_query_is_eio_with_status_4_and_the_length(vmm):
@@ -295,11 +296,19 @@ def test_measurement_covers_the_loaded_bytes_the_policy_and_a_nonce(vmm):
     assert blob[:32] == hmac.digest(keys.tik, covered, "sha256")
 
 
-def test_measurement_depends_on_the_registers_of_an_es_guest(vmm):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda vcpu: setattr(vcpu, "rip", 0x1000),
+        lambda vcpu: sregs.of(vcpu).put("cr3", 0x1000),
+        lambda vcpu: sregs.of(vcpu).put("cs.l", 1),
+    ],
+)
+def test_measurement_depends_on_the_registers_of_an_es_guest(vmm, change):
     digests = []
-    for rip in (0x1000, 0x2000):
+    for act in (lambda vcpu: None, change):
         vm = vmm.started(SEV_ES, vcpus=1)
-        vm.vcpus[0].rip = rip
+        act(vm.vcpus[0])
         update_vmsa(vmm, vm)
         digests.append(vmm.system.firmware.guests[vmm.status(vm)["handle"]].digest.digest())
     assert digests[0] != digests[1]
@@ -315,7 +324,7 @@ def test_measurement_is_keyed_by_what_the_owner_gave(vmm):
     assert blob[:32] == keys.code(covered)
 
 
-# -- LAUNCH_SECRET ---------------------------------------------------------------------------
+# -- LAUNCH_SECRET ---------------------------------------------------------------------------------
 
 
 def secret(vmm, vm, target, size, header, data):
@@ -385,7 +394,7 @@ def test_secret_of_a_plain_vm_is_enotty(vmm):
     assert secret(vmm, vmm.create(0), 0, 0, b"x", b"x").errno == ENOTTY
 
 
-# -- LAUNCH_FINISH ---------------------------------------------------------------------------
+# -- LAUNCH_FINISH ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -406,7 +415,7 @@ def test_finish_of_a_plain_vm_is_enotty(vmm):
     assert vmm.run(vmm.create(0), abi.KVM_SEV_LAUNCH_FINISH).answer == (ENOTTY, UNTOUCHED)
 
 
-# -- the end ---------------------------------------------------------------------------------
+# -- the end ---------------------------------------------------------------------------------------
 
 
 def test_destruction_forgets_the_guest_and_frees_what_it_held(vmm, accounting):

@@ -125,7 +125,7 @@ def elsewhere(vmm):
     return type(vmm)(other)
 
 
-# -- a whole journey ---------------------------------------------------------------------------
+# -- a whole journey -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("same_host", [True, False])
@@ -170,7 +170,7 @@ def test_packet_that_was_changed_on_the_way_is_refused(sending):
     assert seen == bytes(4096)
 
 
-# -- SEND_START ----------------------------------------------------------------------------------
+# -- SEND_START ------------------------------------------------------------------------------------
 
 
 def test_session_length_query(sender):
@@ -218,7 +218,7 @@ def test_send_start_before_the_guest_runs_is_a_wrong_state(vmm):
     assert outcome.answer == (EIO, INVALID_STATE)
 
 
-# -- SEND_UPDATE_DATA ----------------------------------------------------------------------------
+# -- SEND_UPDATE_DATA ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("header", "room"), [(0, 0), (0, 4096), (HEADER, 0)])
@@ -259,7 +259,7 @@ def test_end_of_sending(sending, command, state):
     assert sending.run(sending.vm, command).answer == (EIO, INVALID_STATE)
 
 
-# -- RECEIVE_* -----------------------------------------------------------------------------------
+# -- RECEIVE_* -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("pdh", "session"), [(b"", b"x"), (b"x", b"")])
