@@ -175,12 +175,12 @@ class Supervisor:
     async def _watch_closes(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self.descriptors.fd)
-            self._note_closes()
+            self.note_closes()
             for _ in range(_DOUBTS):
                 if not self.descriptors.in_doubt():
                     break
                 await trio.sleep(_DOUBT_S)
-                self._note_closes()
+                self.note_closes()
             else:
                 self.descriptors.settle()
 
@@ -214,7 +214,7 @@ class Supervisor:
         """Carry a call out and answer it, or keep it waiting."""
         self.nr_calls += 1
         if self._closed_poll(0):
-            self._note_closes()
+            self.note_closes()
         number, tid, nr, _, fd, request, arg = notification
         thread = self.clients.known(tid) or self._meet(number, tid)
         if thread is None:
@@ -378,7 +378,8 @@ class Supervisor:
             if descriptor.memory is not None:
                 descriptor.memory[:] = file.content()
 
-    def _note_closes(self) -> None:
+    def note_closes(self) -> None:
+        """Release whatever clients have closed the last descriptor of."""
         for file in self.descriptors.closed():
             self._released(file)
 
