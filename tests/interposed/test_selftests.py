@@ -1,5 +1,6 @@
-"""Linux's own KVM selftests, the quick ones: `tools/run_selftests --quick`, where they are built."""
+"""The quick ones of Linux's own KVM selftests, where `tools/run_selftests` has built them."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,13 @@ def programs():
 def world(tmp_path_factory):
     if reason := why_no_fuse():
         pytest.skip(reason)
-    try:
-        with worlds.emulated(tmp_path_factory.mktemp("selftests"), "milan509-es99") as started:
-            yield started
-    except source.UnavailableError as reason:
-        pytest.skip(str(reason))
+    with contextlib.ExitStack() as stack:
+        host = worlds.emulated(tmp_path_factory.mktemp("selftests"), "milan509-es99")
+        try:
+            started = stack.enter_context(host)
+        except source.UnavailableError as reason:
+            pytest.skip(str(reason))
+        yield started
 
 
 @pytest.mark.parametrize("name", QUICK)
