@@ -83,6 +83,13 @@ class EncryptionIdsCss(Css):
             css.usage[index] += amount
         self.pin()
 
+    def fits(self, type: str, amount: int = 1) -> bool:
+        """Whether a charge would be within every limit by now."""
+        index = self.controller.index(type)
+        capacity = self.controller.capacity[index]
+        states = self.ancestors()
+        return all(css.usage[index] + amount <= min(css.max[index], capacity) for css in states)
+
     def uncharge(self, type: str, amount: int = 1) -> None:
         """Return a charge made here; it works on a removed cgroup as well."""
         index = self.controller.index(type)

@@ -107,6 +107,12 @@ class MiscCss(Css):
             charged.append(account)
         self.pin()
 
+    def fits(self, resource: str, amount: int = 1) -> bool:
+        """Whether a charge would be within every limit by now; counts nothing."""
+        capacity = self.controller.capacity_of(resource)
+        accounts = (css.account(resource) for css in self.ancestors())
+        return all(account.usage + amount <= min(account.max, capacity) for account in accounts)
+
     def uncharge(self, resource: str, amount: int = 1) -> None:
         """Return a charge made here; it works on a removed cgroup as well."""
         if not amount:
@@ -170,7 +176,9 @@ def _max_write(css: MiscCss, text: bytes, _opener: Caller, _now_ns: int) -> None
 
 def _current_show(css: MiscCss, _caller: Caller) -> str:
     capacity = css.controller.capacity_of
-    return _lines(css, lambda name, r: f" {r.usage & U64_MAX}" if capacity(name) or r.usage else None)
+    return _lines(
+        css, lambda name, r: f" {r.usage & U64_MAX}" if capacity(name) or r.usage else None
+    )
 
 
 def _peak_show(css: MiscCss, _caller: Caller) -> str:

@@ -15,7 +15,14 @@ import trio
 
 from cgfs.control.errors import CommandError, from_errno
 from kvmsim.builder.client_vms import ClientVms
-from kvmsim.control.client_messages import Attached, Process, Situation, TakenKey, WaiterNumber
+from kvmsim.control.client_messages import (
+    Attached,
+    Process,
+    Settled,
+    Situation,
+    TakenKey,
+    WaiterNumber,
+)
 from kvmsim.host.accounting import CHARGED_BY, AsidCharge
 from kvmsim.sev.asid import Asid
 from kvmsim.sev.keys import Key
@@ -39,8 +46,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SETTLE_S = 0.001
+TOGETHER_S = 0.001
 """Changes of limits within this time are told together."""
+
+SETTLE_S = 0.1
+"""How long supervisors may take to give back what has been closed; a stopped one never does."""
 
 
 class Clients:
@@ -83,9 +93,16 @@ class Clients:
         task_status.started()
         while True:
             await self._limits_changed.wait()
-            await trio.sleep(SETTLE_S)
+            await trio.sleep(TOGETHER_S)
             self._limits_changed = trio.Event()
             self.tell_situations()
+
+    async def settle(self, asking: ClientSession) -> None:
+        """Wait until all other supervisors have given back what their clients have closed."""
+        asked = [session.ask_to_settle() for session in self if session is not asking]
+        with trio.move_on_after(SETTLE_S):
+            for answered in asked:
+                await answered.wait()
 
     def _note_limits(self) -> None:
         self._limits_changed.set()
@@ -126,6 +143,9 @@ class ClientSession:
         self._waiters: dict[int, ClientWaiter] = {}
         self._followed: dict[int, FollowedProcess] = {}
         self._last_charge = 0
+        self._settling: dict[int, trio.Event] = {}
+        self._last_settling = 0
+        self._waits = False
         self._closed = False
 
     def attached(self) -> Attached:
@@ -135,6 +155,41 @@ class ClientSession:
         return Attached(host.name, host.preset, directory)
 
     # -- keys and charges ------------------------------------------------------------------------
+
+    async def settle(self, params: ForCaller) -> None:
+        """Before a charge that would be refused: wait for what others give back.
+
+        One that waits itself has nothing to give back: a supervisor looks before it asks.
+        """
+        pid = self._vetted(params.pid)
+        _vet_kind(params.kind)
+        if self._host.accounting.fits(pid, params.kind):
+            return
+        self._waits = True
+        try:
+            self._all_settled()
+            await self._host.clients.settle(self)
+        finally:
+            self._waits = False
+
+    def ask_to_settle(self) -> trio.Event:
+        """Ask for what has been closed; the event comes when it has been given back."""
+        answered = trio.Event()
+        if self._waits or not self._keys:
+            answered.set()
+            return answered
+        self._last_settling += 1
+        self._settling[self._last_settling] = answered
+        self._notify("settle", Settled(self._last_settling))
+        return answered
+
+    def settled(self, params: Settled) -> None:
+        """What was closed before a notice has been given back."""
+        for number in [number for number in self._settling if number <= params.number]:
+            self._settling.pop(number).set()
+
+    def _all_settled(self) -> None:
+        self.settled(Settled(self._last_settling))
 
     def take_key(self, params: ForCaller) -> TakenKey:
         """An ASID or key, charged to the cgroup of the calling process.
@@ -162,18 +217,18 @@ class ClientSession:
         """A charge without a key."""
         pid = self._vetted(params.pid)
         _vet_kind(params.kind)
-        return self._hold(self._host.machine.accounting.charge_asid(pid, params.kind))
+        return self._hold(self._host.accounting.charge_asid(pid, params.kind))
 
     def uncharge(self, params: EndCharge) -> None:
         """End a charge."""
-        self._host.machine.accounting.uncharge_asid(self._end(params.charge), params.kind)
+        self._host.accounting.uncharge_asid(self._end(params.charge), params.kind)
 
     def is_charged_to(self, params: WhereCharged) -> bool:
         """Whether a process is in the cgroup that carries a charge."""
         charge = self._charges.get(params.charge)
         if charge is None:
             raise from_errno(f"no charge {params.charge}", EINVAL)
-        return self._host.machine.accounting.is_charged_to(self._vetted(params.pid), charge)
+        return self._host.accounting.is_charged_to(self._vetted(params.pid), charge)
 
     def kinds_held(self) -> list[str]:
         """The kind of every charge."""
@@ -209,7 +264,7 @@ class ClientSession:
         self._host.catch_up()
         now_ns = self._host.timeline.now_ns
         self._waiters[params.waiter] = waiter
-        if not self._host.machine.accounting.bus_lock(process.pid, waiter, now_ns):
+        if not self._host.accounting.bus_lock(process.pid, waiter, now_ns):
             return False
         self._waiters.pop(params.waiter, None)
         return True
@@ -220,14 +275,14 @@ class ClientSession:
         if waiter is not None:
             self._host.catch_up()
             now_ns = self._host.timeline.now_ns
-            self._host.machine.accounting.bus_lock_withdraw(waiter, now_ns)
+            self._host.accounting.bus_lock_withdraw(waiter, now_ns)
 
     def cancel(self, params: WaiterNumber) -> None:
         """Drop what a vCPU waits for or owes."""
         waiter = self._waiters.pop(params.waiter, None)
         if waiter is not None:
             self._host.catch_up()
-            self._host.machine.accounting.bus_lock_cancel(waiter, self._host.timeline.now_ns)
+            self._host.accounting.bus_lock_cancel(waiter, self._host.timeline.now_ns)
 
     def _admitted(self, waiter: ClientWaiter) -> None:
         del self._waiters[waiter.number]
@@ -237,7 +292,7 @@ class ClientSession:
         """A process is in another cgroup: what it waits for, waits there."""
         for waiter in list(self._waiters.values()):
             if waiter.process is process:
-                self._host.machine.accounting.bus_lock_moved(process.pid, waiter, now_ns)
+                self._host.accounting.bus_lock_moved(process.pid, waiter, now_ns)
 
     # -- processes -------------------------------------------------------------------------------
 
@@ -257,7 +312,7 @@ class ClientSession:
         """What a process has to live with."""
         roots = self._host.roots
         cgrp = roots.cgroup_of(process.pid, roots.v2)
-        limited = self._host.machine.accounting.bus_lock_limited(process.pid)
+        limited = self._host.accounting.bus_lock_limited(process.pid)
         return Situation(process.number, limited, cgrp.e_freeze > 0, cgrp.path)
 
     def tell_situations(self) -> None:
@@ -314,6 +369,7 @@ class ClientSession:
         if self._closed:
             return
         self._closed = True
+        self._all_settled()
         for number in list(self._followed):
             self.unfollow(Process(number))
         for waiter in list(self._waiters):
@@ -321,7 +377,7 @@ class ClientSession:
         for tdx, number in list(self._keys):
             self._free(number, AsidCharge("", ()), tdx=tdx)
         for number in list(self._charges):
-            self._host.machine.accounting.uncharge_asid(self._end(number))
+            self._host.accounting.uncharge_asid(self._end(number))
         self.vms.close()
         self._on_close(self)
         log.info("client %s (pid %d) detached", self.program, self.peer.pid)

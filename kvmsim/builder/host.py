@@ -74,6 +74,7 @@ class Host:
 
     Attributes:
         roots: its cgroup hierarchies.
+        accounting: who charges them.
         machine: the hardware, and what its kernel makes of it.
         system: its KVM.
         timeline: its time.
@@ -103,7 +104,8 @@ class Host:
         if isinstance(misc, Misc):
             for resource in preset.misc:
                 misc.add_resource(resource)
-        self.machine = Machine(preset, self.roots, CgroupAccounting(self.roots))
+        self.accounting = CgroupAccounting(self.roots)
+        self.machine = Machine(preset, self.roots, self.accounting)
         self.system = System(self.machine)
         limiter = cast("Limiter | None", self.roots.controllers.get("bus_lock"))
         self.timeline = Timeline(limiter, bus_lock_stall_ns=self.machine.bus_lock_stall_ns)

@@ -133,6 +133,19 @@ class Situation(msgspec.Struct, frozen=True):
     cgroup: str
 
 
+class Settled(msgspec.Struct, frozen=True):
+    """The notice ``settle``, and the parameters of ``client.settled`` that answer it.
+
+    Before the host refuses one client an ASID, it asks the others to give back what has been closed
+    already and lies on its way.
+
+    Attributes:
+        number: which time the host asks.
+    """
+
+    number: int
+
+
 class ClientVcpu(msgspec.Struct, frozen=True):
     """One vCPU of a client's VM.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from errno import EIO
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 from cgfs.control.errors import CommandError
@@ -20,6 +20,7 @@ from kvmsim.control.client_messages import (
     ForCaller,
     FreeKey,
     Process,
+    Settled,
     VmReport,
     WaiterNumber,
     WhereCharged,
@@ -38,6 +39,12 @@ class ClientApi(Protocol):
 
     def attached(self) -> Attached:
         """The machine."""
+
+    async def settle(self, params: ForCaller) -> None:
+        """Before a charge that would be refused: wait for what others give back."""
+
+    def settled(self, params: Settled) -> None:
+        """Everything closed before the notice ``settle`` has been given back."""
 
     def take_key(self, params: ForCaller) -> TakenKey:
         """An ASID or key, charged."""
@@ -98,7 +105,9 @@ _CALLS: dict[str, type[Any]] = {
     "follow": Process,
     "unfollow": Process,
     "report": VmReport,
+    "settled": Settled,
 }
+_CHARGING = {"take_key", "charge"}
 
 
 def client_methods(host: ClientHost) -> list[Method]:
@@ -118,6 +127,8 @@ def client_methods(host: ClientHost) -> list[Method]:
             session = sessions.get(connection)
             if session is None:
                 raise CommandError("not attached", os.EX_PROTOCOL, EIO)
+            if name in _CHARGING:
+                await session.settle(cast("ForCaller", params))
             result: object = getattr(session, name)(params)
             return Nothing() if result is None else result
 

@@ -37,6 +37,9 @@ class ChargedCss(Protocol):
     def uncharge(self, resource: str, amount: int) -> None:
         """Give back."""
 
+    def fits(self, resource: str, amount: int) -> bool:
+        """Whether a charge would pass by now."""
+
 
 class BusLockState(Protocol):
     """What accounting uses of a cgroup's bus lock limiter."""
@@ -165,6 +168,11 @@ class CgroupAccounting:
         charged, charge.charged = charge.charged, ()
         for css in reversed(charged):
             css.uncharge(kind or charge.kind, 1)
+
+    def fits(self, pid: int, kind: str) -> bool:
+        """Whether a charge to the cgroup a process is in now would be within every limit."""
+        states = (self._roots.css_of(pid, name) for name in self._charging[kind])
+        return all(cast("ChargedCss", css).fits(kind, 1) for css in states)
 
     def is_charged_to(self, pid: int, charge: AsidCharge) -> bool:
         """See :meth:`Accounting.is_charged_to`."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from errno import EIO
 from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
 from cgfs.control.errors import CommandError, from_oserror
@@ -174,6 +175,12 @@ class HostedClient:
         """Listen to the host and tell it about VMs, as long as the client runs."""
         self._accounting.now_ns = supervisor.loop.catch_up
         self._connection.on_lost.append(supervisor.interrupt_all)
+
+        def settle(params: bytes) -> None:
+            supervisor.note_closes()
+            self._connection.post("client.settled", msgspec.Raw(params))
+
+        self._connection.handle("settle", settle)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._connection.run)
             nursery.start_soon(self._reporter.run)

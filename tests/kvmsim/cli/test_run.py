@@ -341,6 +341,15 @@ def test_last_asid_goes_to_one_of_two_clients(shell, narrow):
     assert sev(narrow / "p") == 0
 
 
+def test_asid_that_was_given_back_is_there_for_another_client_at_once(shell, narrow):
+    clients = [KvmClient(shell, "--cgroup", "/") for _ in range(2)]
+    for turn in range(100):
+        client = clients[turn % 2]
+        assert client("vm", "init") == 0
+        assert client("close") == 0
+    assert [client.end() for client in clients] == [0, 0]
+
+
 # -- what dies -------------------------------------------------------------------------------------
 
 

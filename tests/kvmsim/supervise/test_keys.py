@@ -2,6 +2,7 @@
 
 from errno import EBUSY, EINVAL, EIO, EPERM, ESRCH
 
+import msgspec
 import pytest
 import trio
 
@@ -70,6 +71,54 @@ async def test_last_asid_goes_to_one_and_the_other_is_refused_where_the_spec_say
     assert error.errno == EBUSY
     assert 'the host is at misc.capacity "sev 2"' in str(error) or "encryption_ids" in str(error)
     assert (used(served, "a"), used(served, "b")) == (2, 0)
+
+
+async def test_refusal_waits_for_what_another_supervisor_is_about_to_give_back(
+    served, supervise, in_thread, nursery
+):
+    first, second = await supervise(), await supervise()
+    pid = served.start_process(100, "a")
+    served.write("a/misc.max", "sev 1")
+    vm = await in_thread(start, first, pid)
+
+    def settle(params):
+        vm.close()
+        first.connection.post("client.settled", msgspec.Raw(params))
+
+    first.connection.handle("settle", settle)
+    nursery.start_soon(first.connection.run)
+    assert (await in_thread(start, second, pid)).key.asid == 5
+    assert served.cat("a/misc.events") == "sev.max 0\nsev_es.max 0\n"
+
+
+async def test_supervisor_that_does_not_answer_delays_a_refusal_but_does_not_prevent_it(
+    served, supervise, in_thread
+):
+    first, second = await supervise(), await supervise()
+    pid = served.start_process(100, "a")
+    served.write("a/misc.max", "sev 1")
+    await in_thread(start, first, pid)
+    assert (await refusal(in_thread, start, second, pid)).errno == EBUSY
+
+
+async def test_supervisors_that_are_refused_at_the_same_time_do_not_wait_for_each_other(
+    served, supervise, in_thread, nursery
+):
+    supervisors = [await supervise(), await supervise()]
+    pid = served.start_process(100, "a")
+    for supervisor in supervisors:
+        await in_thread(start, supervisor, pid)
+    errors = []
+
+    async def refused(supervisor):
+        errors.append((await refusal(in_thread, start, supervisor, pid)).errno)
+
+    began = trio.current_time()
+    async with trio.open_nursery() as both:
+        for supervisor in supervisors:
+            both.start_soon(refused, supervisor)
+    assert errors == [EBUSY, EBUSY]
+    assert trio.current_time() - began < 1
 
 
 async def test_move_before_the_call_decides_who_is_charged(served, supervise, in_thread):
