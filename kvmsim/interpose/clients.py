@@ -19,6 +19,10 @@ from kvmsim.interpose import libc, maps, memory
 if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import KvmFile
 
+FRESH_NS: Final = 50_000
+"""For how long after a call a thread is taken to execute the same program: to execute another one
+takes Linux several times as long."""
+
 MAX_THREADS: Final = 4096
 """Threads remembered; beyond that the oldest are looked up again."""
 
@@ -49,14 +53,16 @@ class Thread:
         number: its number.
         directory: descriptor of its /proc directory; -1 when forgotten.
         process: whose it is, as of its last call.
+        checked_ns: when that was last made sure of.
     """
 
-    __slots__ = ("directory", "number", "process")
+    __slots__ = ("checked_ns", "directory", "number", "process")
 
     def __init__(self, number: int, directory: int, process: Process) -> None:
         self.number = number
         self.directory = directory
         self.process = process
+        self.checked_ns = -FRESH_NS
         process.thread = self
 
     def text(self, name: str) -> bytes:
@@ -201,15 +207,17 @@ class Clients:
         thread = self._threads[number] = Thread(number, directory, process)
         return thread
 
-    def caller(self, thread: Thread, instruction_pointer: int) -> Process:
+    def caller(self, thread: Thread, instruction_pointer: int, now_ns: int) -> Process:
         """The process of a thread, checked to execute what it did at its last call.
 
         Raises:
             OSError: it has ended.
         """
         process = thread.process
-        if not process.is_current(instruction_pointer):
-            process = thread.process = self._look_up(_tgid(thread.directory))
+        if now_ns - thread.checked_ns >= FRESH_NS:
+            if not process.is_current(instruction_pointer):
+                process = thread.process = self._look_up(_tgid(thread.directory))
+            thread.checked_ns = now_ns
         process.thread = thread
         return process
 

@@ -77,29 +77,31 @@ class Run(Scheduled):
         self._burst_ns = 0
         vcpu.on_wake = self._woken
 
-    def start(
-        self, blocked: Blocked, notification: Notification, thread: Thread, now_ns: int
-    ) -> bool:
-        """Go on with a KVM_RUN that has entered its guest.
+    def pass_through(self, blocked: Blocked, now_ns: int) -> Blocked | None:
+        """Let the guest make all the stops that take no time.
 
         Returns:
-            True: it has returned 0 already, ``done`` is not called. False: it will be.
+            What is left to wait for; None: KVM_RUN returns 0.
 
         Raises:
-            KvmError: it has failed already.
+            KvmError: KVM_RUN fails.
         """
+        left: Blocked | None = blocked
+        for _ in range(MAX_INLINE):
+            if type(left) is not InGuest or left.guest_ns:
+                break
+            left = self.vcpu.resume(now_ns)
+        return left
+
+    def wait(
+        self, blocked: Blocked, notification: Notification, thread: Thread, now_ns: int
+    ) -> None:
+        """Keep a KVM_RUN waiting; ``done`` is called when it returns."""
         self.notification = notification
         self.thread = thread
         self.look_at_ns = now_ns + FIRST_LOOK_NS
         self.look_after_ns = FIRST_LOOK_NS
-        try:
-            ended = self._go_on(blocked, now_ns)
-        except KvmError:
-            self._end()
-            raise
-        if ended:
-            self._end()
-        return ended
+        self._schedule(blocked, now_ns)
 
     def step(self, now_ns: int) -> None:
         """The guest time or the wait is over."""
@@ -150,42 +152,28 @@ class Run(Scheduled):
             self._timeline.sleep_until(self, now_ns)
 
     def _resume(self, now_ns: int) -> None:
+        error: KvmError | None = None
         try:
             blocked = self.vcpu.resume(now_ns)
-            if blocked is not None and not self._go_on(blocked, now_ns):
+            if blocked is not None:
+                blocked = self.pass_through(blocked, now_ns)
+            if blocked is not None:
+                self._schedule(blocked, now_ns)
                 return
-        except KvmError as error:
-            self.phase = IDLE
-            self._done(self, error)
+        except KvmError as failed:
+            error = failed
+        self.phase = IDLE
+        self._done(self, error)
+
+    def _schedule(self, blocked: Blocked, now_ns: int) -> None:
+        """Take a place on the timeline, unless something else ends the wait."""
+        if type(blocked) is InGuest:
+            self.phase = GUEST
+            self._burst_ns = blocked.guest_ns
+            self._timeline.run_for(self, blocked.guest_ns)
+        elif type(blocked) is Halted:
+            self.phase = HALTED
+            if blocked.wake_after_ns is not None:
+                self._timeline.sleep_until(self, now_ns + blocked.wake_after_ns)
         else:
-            self.phase = IDLE
-            self._done(self, None)
-
-    def _go_on(self, blocked: Blocked | None, now_ns: int) -> bool:
-        """Let the guest run until it has to wait; whether KVM_RUN has returned 0."""
-        for _ in range(MAX_INLINE):
-            if blocked is None:
-                return True
-            if type(blocked) is not InGuest:
-                self._wait(blocked, now_ns)
-                return False
-            if blocked.guest_ns:
-                break
-            blocked = self.vcpu.resume(now_ns)
-        if blocked is None:
-            return True
-        if type(blocked) is not InGuest:
-            self._wait(blocked, now_ns)
-            return False
-        self.phase = GUEST
-        self._burst_ns = blocked.guest_ns
-        self._timeline.run_for(self, blocked.guest_ns)
-        return False
-
-    def _wait(self, blocked: Blocked, now_ns: int) -> None:
-        if type(blocked) is not Halted:
             self.phase = THROTTLED
-            return
-        self.phase = HALTED
-        if blocked.wake_after_ns is not None:
-            self._timeline.sleep_until(self, now_ns + blocked.wake_after_ns)

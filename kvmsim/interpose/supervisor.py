@@ -25,6 +25,7 @@ from kvmsim.interpose.runs import IDLE, LAST_LOOK_NS, Run
 from kvmsim.interpose.signals import pending
 from kvmsim.kvm.dispatch import KvmFile
 from kvmsim.kvm.page import KvmRun
+from kvmsim.kvm.run import InGuest
 from kvmsim.kvm.system import System
 from kvmsim.kvm.vcpu import Vcpu
 from kvmsim.kvm.vm import Vm
@@ -127,6 +128,7 @@ class Supervisor:
         self._engine = engine
         self._tap = tap
         self._other_calls = other_calls
+        self._limited = loop.timeline.has_limiter
         self._runs: dict[Vcpu, Run] = {}
         self._readable: dict[Readable, Descriptor] = {}
         self._parked: dict[Run, None] = {}
@@ -294,12 +296,10 @@ class Supervisor:
             elif isinstance(outcome, KvmFile):
                 result = self._hand_out(number, outcome)
                 answered = True
-            else:
-                assert not isinstance(outcome, int)
-                if not self._run(file, outcome, notification, thread, now_ns):
-                    return
+            elif self._run(file, outcome, notification, thread, now_ns):
                 result = 0
-                self._write_contents()
+            else:
+                return
         except KvmError as error:
             result = -error.errno
         except Exception:
@@ -319,8 +319,10 @@ class Supervisor:
             # Neither the address space nor the exact time makes a difference there.
             thread.process.thread = thread
             return thread.process, self.loop.timeline.now_ns
-        now_ns = self.loop.catch_up() if request == KVM_RUN else self.loop.now_ns()
-        return self.clients.caller(thread, pointer), now_ns
+        # With nobody waiting there is nothing to catch up on.
+        waiting = request == KVM_RUN and (self._parked or self._limited)
+        now_ns = self.loop.catch_up() if waiting else self.loop.now_ns()
+        return self.clients.caller(thread, pointer, now_ns), now_ns
 
     def interrupt_all(self) -> None:
         """Let every KVM_RUN that waits return EINTR, as a signal to its thread would."""
@@ -411,16 +413,23 @@ class Supervisor:
     def _run(
         self,
         file: KvmFile,
-        blocked: Blocked,
+        blocked: int | Blocked,
         notification: Notification,
         thread: Thread,
         now_ns: int,
     ) -> bool:
-        """Keep KVM_RUN waiting; True when it has returned already."""
+        """Keep KVM_RUN waiting; True when it returns 0 at once."""
         assert isinstance(file, Vcpu)
+        assert not isinstance(blocked, int)
         run = self._runs[file]
-        if run.start(blocked, notification, thread, now_ns):
+        left = run.pass_through(blocked, now_ns)
+        if left is None:
+            if self._readable:
+                self._write_contents()
             return True
+        if type(left) is InGuest:
+            now_ns = self.loop.catch_up()  # the guest's time counts from the timeline's present
+        run.wait(left, notification, thread, now_ns)
         self._parked[run] = None
         self._parked_one.set()
         return False

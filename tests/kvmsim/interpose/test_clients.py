@@ -8,7 +8,7 @@ from errno import EBADF, EFAULT
 import pytest
 
 from kvmsim.errors import KvmError
-from kvmsim.interpose.clients import Clients
+from kvmsim.interpose.clients import FRESH_NS, Clients
 from kvmsim.kvm.dispatch import KvmFile
 
 
@@ -62,7 +62,7 @@ def test_threads_of_a_process_are_one_caller(clients):
     first = clients.meet(os.getpid())
     second = clients.meet(numbers[0])
     assert first.process is second.process
-    assert clients.caller(second, 0).pid == os.getpid()
+    assert clients.caller(second, 0, 0).pid == os.getpid()
     assert clients.known(numbers[0]) is second
     done.set()
     thread.join()
@@ -70,12 +70,12 @@ def test_threads_of_a_process_are_one_caller(clients):
 
 def test_program_that_is_executed_is_another_caller(clients, child):
     thread = clients.meet(child.pid)
-    before = clients.caller(thread, 0)
-    assert clients.caller(thread, 0) is before
+    before = clients.caller(thread, 0, 0)
+    assert clients.caller(thread, 0, FRESH_NS) is before
     child.stdin.write(b"go\nhello\n")
     child.stdin.flush()
     assert child.stdout.readline() == b"hello\n"
-    after = clients.caller(thread, 0)
+    after = clients.caller(thread, 0, 2 * FRESH_NS)
     assert after is not before
     assert (after.pid, after.mm == before.mm) == (before.pid, False)
 
@@ -85,7 +85,7 @@ def test_process_that_ended_is_no_caller(clients, child):
     child.kill()
     child.wait()
     with pytest.raises(OSError, match="No such"):
-        clients.caller(thread, 0)
+        clients.caller(thread, 0, 0)
     with pytest.raises(OSError, match="No such"):
         clients.meet(child.pid)
     assert clients.known(child.pid) is None
