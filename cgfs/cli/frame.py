@@ -54,6 +54,7 @@ class LazyGroup(click.Group):
 
 def run_command(command: click.Command, program: str, arguments: list[str]) -> int:
     """Runs a command and returns its exit code; prints the one line if it fails."""
+    _open_standard_streams()
     try:
         result = command.main(arguments, prog_name=program, standalone_mode=False)
         sys.stdout.flush()
@@ -66,6 +67,20 @@ def run_command(command: click.Command, program: str, arguments: list[str]) -> i
         click.echo(f"{program}: {' '.join(message.split())}", err=True)
         return code
     return result if isinstance(result, int) else os.EX_OK
+
+
+def _open_standard_streams() -> None:
+    """Gives a command called with ``>&-`` something to write to.
+
+    Python leaves None for a stream that is closed, and the next file or pipe that is opened would
+    take its number.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # The lowest number that is free, which is this one.
+            null = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(null, True)
+            setattr(sys, name, os.fdopen(null, "w" if number else "r"))
 
 
 def explain(error: BaseException, program: str) -> tuple[str, int]:
@@ -89,4 +104,6 @@ def print_json(value: object) -> None:
     """Prints a snapshot as indented JSON."""
     import msgspec  # noqa: PLC0415 - only --json needs the formatter
 
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    from cgfs.control.protocol import encode_shown  # noqa: PLC0415 - as above
+
+    click.echo(msgspec.json.format(encode_shown(value), indent=2).decode())

@@ -11,6 +11,8 @@ from cgfs.control.errors import CommandError
 CONTROLLERS = ("encryption_ids", "misc", "bus_lock")
 V1_NAME = re.compile(r"[A-Za-z0-9._-]{1,63}")
 RESOURCE = re.compile(r"[a-z][a-z0-9_]*")
+NUMBER = re.compile(r"[0-9]+")
+MAX_CAPACITY = 2**32 - 1  # what the kernel's unsigned int of ASIDs can count
 
 
 @dataclass(slots=True)
@@ -51,8 +53,8 @@ def parse_options(options: Iterable[str]) -> MountOptions:
         elif option == "clone_children" or key in {"name", "release_agent"}:
             _set_v1(result, key, value)
             v1_only.append(key)
-        elif has_value and RESOURCE.fullmatch(key) and value.isdecimal():
-            result.capacities[key] = int(value)
+        elif has_value and RESOURCE.fullmatch(key) and NUMBER.fullmatch(value):
+            result.capacities[key] = _capacity(key, value)
         elif not is_generic(option):
             raise _bad(f"unknown option {option!r}")
     if v1_only and result.version != 1:
@@ -61,6 +63,13 @@ def parse_options(options: Iterable[str]) -> MountOptions:
     if result.version == 1 and not result.controllers and not result.name:
         raise _bad("v1 without controllers needs name=")
     return result
+
+
+def _capacity(resource: str, digits: str) -> int:
+    # int() refuses thousands of digits with an error of its own.
+    if len(digits) > len(str(MAX_CAPACITY)) or int(digits) > MAX_CAPACITY:
+        raise _bad(f"{resource}: more than {MAX_CAPACITY}")
+    return int(digits)
 
 
 def _set_v1(result: MountOptions, key: str, value: str) -> None:

@@ -1,6 +1,7 @@
 """The process behind ``cgfs mount``: one hierarchy, real processes, fixed capacities."""
 
 import time
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import trio
@@ -71,7 +72,14 @@ def hierarchy_root(roots: Roots, options: MountOptions) -> Cgroup:
 async def _serve(
     roots: Roots, top: Cgroup, options: MountOptions, source: str, launched: Launch
 ) -> None:
-    processes = RecordedProcesses(best_source(), time.time_ns, roots.tasks, launched.frozen)
+    # The model's time begins with the mount, which is when the root and its files appeared.
+    epoch_ns = time.time_ns()
+
+    def now_ns() -> int:
+        return time.time_ns() - epoch_ns
+
+    tree = Tree(roots, top, epoch_ns)
+    processes = RecordedProcesses(best_source(), now_ns, roots.tasks, launched.frozen)
     agent = ReleaseAgent()
     roots.use_processes(processes)
     roots.release = agent.submit
@@ -80,7 +88,7 @@ async def _serve(
             await nursery.start(serving.stop_on_signal, nursery.cancel_scope)
             await nursery.start(watch.run, processes)
             await nursery.start(agent.run)
-            mount: Mount = await nursery.start(_mount, Tree(roots, top), source, options, launched)
+            mount: Mount = await nursery.start(_mount, tree, now_ns, source, options, launched)
             launched.ready()
             await mount.ended.wait()
             nursery.cancel_scope.cancel()
@@ -90,6 +98,7 @@ async def _serve(
 
 async def _mount(
     tree: Tree,
+    now_ns: Callable[[], int],
     source: str,
     options: MountOptions,
     launched: Launch,
@@ -103,5 +112,6 @@ async def _mount(
         subtype="cgfs",
         allow_other=options.allow_other or None,
         over=options.nonempty,
+        now_ns=now_ns,
         task_status=task_status,
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cgfs.control.daemon import Readiness, start
+from cgfs.control.errors import CommandError
 from cgfs.control.frozen import thaw_recorded
 from cgfs.control.place import Place, check_device, prepare
 from cgfs.control.runtime_dir import Entry, RuntimeDir, start_time
@@ -113,7 +114,14 @@ def _serve(serve: Callable[[Launch], None], launch: Launch) -> None:
     )
     # A terminal that goes away ends a server in its foreground as Ctrl-C does.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    in_order = False
     try:
         serve(launch)
+        in_order = True
+    except CommandError:
+        in_order = True
+        raise
     finally:
-        launch.ended()
+        # What a bug leaves of a server in the background is its log, until somebody clears it.
+        if in_order or launch.log is None:
+            launch.ended()

@@ -11,6 +11,7 @@ from pathlib import Path
 from cgfs.control.errors import CommandError, from_oserror
 from cgfs.control.frozen import thaw_recorded
 from cgfs.control.mountpoints import Mount, User, is_dead, mount_at, resolve, unmount, users_below
+from cgfs.control.protocol import printable
 from cgfs.control.runtime_dir import Entry, RuntimeDir, find_entry
 
 OUR_TYPES = ("fuse.cgfs", "fuse.kvmsim")
@@ -50,9 +51,17 @@ def prepare(directory: Path, down: str, *, nonempty: bool = False) -> Place:
     except OSError as error:
         raise from_oserror(error, str(directory)) from error
     place = Place(resolved, created)
+    if not _is_text(resolved):
+        place.abandon()
+        raise CommandError(f"{printable(str(directory))}: the path is not UTF-8 text", os.EX_USAGE)
     if not created:
         _check_free(resolved, down, nonempty=nonempty)
     return place
+
+
+def _is_text(path: Path) -> bool:
+    """Whether entries and messages, which are JSON, can say a path."""
+    return printable(str(path)) == str(path)
 
 
 def check_device(device: Path = Path("/dev/fuse")) -> None:
@@ -186,8 +195,18 @@ def _others(users: list[User], server: int) -> list[User]:
 
 
 def _unmount_all(directory: Path, kind: str) -> None:
-    while (mount := mount_at(directory)) is not None and mount.fstype == f"fuse.{kind}":
-        unmount(directory, lazy=True)
+    """Takes every mount of a kind away, and its own watcher may be as quick."""
+    while _is_mounted(directory, kind):
+        try:
+            unmount(directory, lazy=True)
+        except CommandError:
+            if _is_mounted(directory, kind):
+                raise
+
+
+def _is_mounted(directory: Path, kind: str) -> bool:
+    mount = mount_at(directory)
+    return mount is not None and mount.fstype == f"fuse.{kind}"
 
 
 def _stop(entry: Entry) -> bool:

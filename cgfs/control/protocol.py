@@ -43,7 +43,7 @@ class Problem(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, failure: CommandError) -> "Problem":
         """The message for a failure."""
-        return cls(failure.message, failure.exit_code, failure.errno)
+        return cls(printable(failure.message), failure.exit_code, failure.errno)
 
     def failure(self) -> CommandError:
         """The failure that was sent."""
@@ -113,8 +113,41 @@ def encode_line(message: Request | Reply | Notice) -> bytes:
 
 
 def raw(value: object) -> msgspec.Raw:
-    """A parameter or result object, encoded to go into a message."""
-    return msgspec.Raw(_encoder.encode(value))
+    """A parameter object, encoded to go into a message.
+
+    Raises:
+        CommandError: a string came from bytes that are not UTF-8, which JSON cannot say (EX_USAGE).
+    """
+    try:
+        return msgspec.Raw(_encoder.encode(value))
+    except UnicodeEncodeError as error:
+        raise CommandError(f"{printable(error.object)}: not UTF-8 text", os.EX_USAGE) from error
+
+
+def encode_shown(value: object) -> bytes:
+    r"""A result as JSON, for people and programs to look at.
+
+    Names of cgroups may be any bytes; those that are not UTF-8 are shown as ``\xff``.
+    """
+    try:
+        return _encoder.encode(value)
+    except UnicodeEncodeError:
+        return _encoder.encode(_printable_strings(msgspec.to_builtins(value, str_keys=True)))
+
+
+def printable(text: str) -> str:
+    r"""The text with bytes that were not UTF-8 as ``\xff``."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _printable_strings(value: object) -> object:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {key: _printable_strings(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_printable_strings(item) for item in value]
+    return value
 
 
 def decode_request(line: bytes) -> Request:

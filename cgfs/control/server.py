@@ -29,7 +29,7 @@ from cgfs.control.protocol import (
     Request,
     decode_request,
     encode_line,
-    raw,
+    encode_shown,
 )
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Connection:
 
     def notify(self, notice: str, params: object) -> None:
         """Tells the client something; does not wait until it has read that."""
-        self.queue(encode_line(Notice(notice, raw(params))))
+        self.queue(encode_line(Notice(notice, msgspec.Raw(encode_shown(params)))))
         self._news.set()
         if len(self._backlog) > MAX_BACKLOG_BYTES:
             log.warning("pid %d does not read what it is told", self.peer.pid)
@@ -167,21 +167,24 @@ class Server:
                 path.unlink(missing_ok=True)  # noqa: ASYNC240 - one call on a tmpfs
 
     async def connection(self, stream: trio.SocketStream) -> None:
-        """Serves one client until it hangs up."""
-        client = Connection(stream)
-        try:
-            with client.scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(client.send_notices)
-                    await self._answer_all(stream, client)
-                    client.scope.cancel()
-        except* trio.BrokenResourceError:
-            log.debug("pid %d went before its answer", client.peer.pid)
-        finally:
-            client.closed()
-            await trio.aclose_forcefully(stream)
+        """Serves one client until it hangs up; nothing a client does ends the server."""
+        async with stream:
+            try:
+                client = Connection(stream)
+            except OSError:  # it has gone already
+                return
+            try:
+                with client.scope:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(client.send_notices)
+                        await self._converse(stream, client)
+                        client.scope.cancel()
+            except* trio.BrokenResourceError:
+                log.debug("pid %d went before its answer", client.peer.pid)
+            finally:
+                client.closed()
 
-    async def _answer_all(self, stream: trio.SocketStream, client: Connection) -> None:
+    async def _converse(self, stream: trio.SocketStream, client: Connection) -> None:
         lines = LineBuffer()
         try:
             while data := await stream.receive_some(RECEIVE_BYTES):
@@ -198,7 +201,8 @@ class Server:
         try:
             request = decode_request(line)
             number = request.id
-            return Reply(number, result=raw(await self._call(request, client)))
+            result = await self._call(request, client)
+            return Reply(number, result=msgspec.Raw(encode_shown(result)))
         except CommandError as failure:
             return Reply(number, problem=Problem.of(failure))
         except Exception as error:  # the connection goes on whatever a method raises

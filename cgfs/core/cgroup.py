@@ -28,7 +28,7 @@ class Cgroup(Node):
         subtree_control: controllers enabled for the children (v2).
         level: distance from the root.
         nr_descendants: live cgroups below.
-        nr_dying: removed cgroups below that are still pinned by a charge.
+        nr_dying: removed cgroups below that are still pinned, by a charge made in them or below.
         members: processes whose leader is here, in the order in which they joined.
         strays: threads placed here apart from their leader, by thread id.
         nr_populated_children: children with a live process in them or below.
@@ -43,6 +43,7 @@ class Cgroup(Node):
 
     __slots__ = (
         "_dying",
+        "_dying_css",
         "_nr_css",
         "children",
         "clone_children",
@@ -102,6 +103,7 @@ class Cgroup(Node):
         self.clone_children: bool = parent is not None and parent.clone_children
         self._nr_css = 0
         self._dying = False
+        self._dying_css: dict[str, int] | None = None
 
     @property
     def rows(self) -> Sequence[CFType]:
@@ -152,6 +154,16 @@ class Cgroup(Node):
             yield cgrp
             stack.extend(reversed(cgrp.children.values()))
 
+    def inhabited(self) -> Iterator[Cgroup]:
+        """Those of the subtree that have tasks themselves; branches without any cost nothing."""
+        stack = [self]
+        while stack:
+            cgrp = stack.pop()
+            if cgrp.has_tasks:
+                yield cgrp
+            if cgrp.nr_populated_children:
+                stack.extend(c for c in reversed(cgrp.children.values()) if c.populated)
+
     def is_descendant_of(self, other: Cgroup) -> bool:
         """Whether ``other`` is this cgroup or one of its ancestors."""
         return any(cgrp is other for cgrp in self.ancestors())
@@ -201,8 +213,8 @@ class Cgroup(Node):
     def _freeze_newcomer(self, task: Task, now_ns: int) -> None:
         # Linux 6.12 freezer.c cgroup_freezer_migrate_task(): the destination stops being
         # frozen until the newcomer is, which generates an event even if it was populated.
-        self.hierarchy.roots.tasks.freeze(task, now_ns)
-        self.notify("cgroup.events")
+        if self.hierarchy.roots.tasks.freeze(task, now_ns):
+            self.notify("cgroup.events")
 
     def _became_populated(self) -> None:
         cgrp: Cgroup | None = self
@@ -262,6 +274,16 @@ class Cgroup(Node):
         if self._dying and self._nr_css == 0:
             self._dying = False
             self._count_dying(-1)
+
+    def nr_dying_css(self, name: str) -> int:
+        """How many states of a controller, here and below, are removed but still pinned."""
+        return self._dying_css.get(name, 0) if self._dying_css else 0
+
+    def count_dying_css(self, name: str, count: int) -> None:
+        """Count them; the count outlives the controller's being enabled here."""
+        if self._dying_css is None:
+            self._dying_css = {}
+        self._dying_css[name] = self._dying_css.get(name, 0) + count
 
     def taken_down(self, now_ns: int) -> None:
         """The directory is removed: leave the tree, dying while a charge pins the state."""

@@ -29,11 +29,11 @@ class Css(Node):
         parent: state of the nearest ancestor, None in the root.
         controller: whose state this is.
         nr_active: live cgroups of this subtree, itself included, that have the controller.
-        nr_dying: removed ones of this subtree that are still pinned.
-        pins: references that keep removed state alive: one per charge.
+        pins: references that keep removed state alive: one per charge, and one per child that
+            is kept alive so.
     """
 
-    __slots__ = ("cgrp", "controller", "nr_active", "nr_dying", "parent", "pins")
+    __slots__ = ("cgrp", "controller", "nr_active", "parent", "pins")
 
     def __init__(
         self,
@@ -48,7 +48,6 @@ class Css(Node):
         self.cgrp = cgrp
         self.parent = parent
         self.nr_active = 0
-        self.nr_dying = 0
         self.pins = 0
 
     @property
@@ -78,12 +77,17 @@ class Css(Node):
 
     def unpin(self) -> None:
         """Return a reference; the last one of removed state ends its dying."""
-        self.pins -= 1
-        if self.pins < 0:
-            msg = f"{self.controller.name} of {self.cgrp.path}: unpinned more often than pinned"
-            raise AssertionError(msg)
-        if self.pins == 0 and not self.online:
-            self._died()
+        css: Css | None = self
+        while css is not None:
+            css.pins -= 1
+            if css.pins < 0:
+                msg = f"{css.controller.name} of {css.cgrp.path}: unpinned more often than pinned"
+                raise AssertionError(msg)
+            if css.pins or css.online:
+                return
+            css.count_dying(-1)
+            css.cgrp.css_died()
+            css = css.parent
 
     def online_css(self) -> None:
         """Count this state in itself and its ancestors."""
@@ -99,17 +103,18 @@ class Css(Node):
         css: Css | None = self
         while css is not None:
             css.nr_active -= 1
-            css.nr_dying += 1
             css = css.parent
-        if self.pins == 0:
-            self._died()
+        if not self.pins:
+            self.cgrp.css_died()
+            return
+        self.count_dying(1)
+        if self.parent is not None:
+            self.parent.pin()
 
-    def _died(self) -> None:
-        css: Css | None = self
-        while css is not None:
-            css.nr_dying -= 1
-            css = css.parent
-        self.cgrp.css_died()
+    def count_dying(self, count: int) -> None:
+        """Count removed state that is still pinned, in its cgroup and that one's ancestors."""
+        for cgrp in self.cgrp.ancestors():
+            cgrp.count_dying_css(self.controller.name, count)
 
     def offline(self, now_ns: int) -> None:
         """Hook for controllers: the state goes out of service."""

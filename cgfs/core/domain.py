@@ -26,15 +26,17 @@ def _domain_controllers(cgrp: Cgroup, names: Iterable[str]) -> bool:
     return any(not controllers[name].threaded for name in names)
 
 
-def _nr_populated_domain_children(cgrp: Cgroup) -> int:
-    return sum(1 for child in cgrp.children.values() if child.populated and not is_threaded(child))
+def _has_populated_domain_child(cgrp: Cgroup) -> bool:
+    return bool(cgrp.nr_populated_children) and any(
+        child.populated and not is_threaded(child) for child in cgrp.children.values()
+    )
 
 
 def can_be_thread_root(cgrp: Cgroup) -> bool:
     """Whether threaded children may be made below."""
     if cgrp.is_root:
         return True
-    if is_threaded(cgrp) or _nr_populated_domain_children(cgrp):
+    if is_threaded(cgrp) or _has_populated_domain_child(cgrp):
         return False
     return not _domain_controllers(cgrp, cgrp.subtree_control)
 
@@ -145,10 +147,9 @@ def vet_destination(dst: Cgroup) -> None:
         return
     if not is_valid_domain(dst.dom):
         raise CgroupError(EOPNOTSUPP)
-    if dst.is_root or is_threaded(dst) or can_be_thread_root(dst):
+    if not dst.subtree_control or is_threaded(dst) or can_be_thread_root(dst):
         return
-    if dst.subtree_control:
-        raise CgroupError(EBUSY)
+    raise CgroupError(EBUSY)
 
 
 def vet_enable(cgrp: Cgroup, names: Iterable[str]) -> None:

@@ -30,7 +30,14 @@ class ModelListener(Protocol):
 
 
 class Silence:
-    """The listener of a model that nobody watches."""
+    """The listener of a model that nobody watches.
+
+    Args:
+        nodes: what owns files, by block number; nobody holds a removed one open.
+    """
+
+    def __init__(self, nodes: dict[int, Node]) -> None:
+        self._nodes = nodes
 
     def modified(self, node: Node, slot: int) -> None:
         """Ignore an event."""
@@ -42,4 +49,6 @@ class Silence:
         """Ignore new files."""
 
     def vanished(self, cgrp: Cgroup, node: Node) -> None:
-        """Ignore removed files."""
+        """Drop what owned removed files."""
+        if not node.online:
+            self._nodes.pop(node.block, None)

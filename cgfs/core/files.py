@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from cgfs.core.caller import Caller
     from cgfs.core.cgroup import Cgroup
+    from cgfs.core.hierarchy import Hierarchy
+    from cgfs.core.tasks import Task
 
 
 def _lines(numbers: Iterable[int]) -> str:
@@ -57,13 +59,21 @@ def thread_ids(cgrp: Cgroup) -> list[int]:
     roots, hierarchy = cgrp.hierarchy.roots, cgrp.hierarchy
     tids: list[int] = []
     for task in cgrp.members.values():
-        apart = {tid for tid, _ in task.strays_in(hierarchy)}
-        tids += [tid for tid in roots.tasks.threads(task) if tid not in apart]
+        tids += _beside_the_leader(task, hierarchy)
     tids += cgrp.strays
     if cgrp.is_root:
         for pid in _untracked(cgrp):
-            tids += roots.processes.threads(pid)
+            tracked = roots.tasks.get(pid)
+            if tracked is None:
+                tids += roots.processes.threads(pid)
+            else:
+                tids += _beside_the_leader(tracked, hierarchy)
     return tids
+
+
+def _beside_the_leader(task: Task, hierarchy: Hierarchy) -> list[int]:
+    apart = {tid for tid, _ in task.strays_in(hierarchy)}
+    return [tid for tid in hierarchy.roots.tasks.threads(task) if tid not in apart]
 
 
 def _in_namespace(cgrp: Cgroup, pids: Iterable[int], caller: Caller) -> list[int]:
@@ -142,7 +152,7 @@ def _max_depth_write(cgrp: Cgroup, text: bytes, _opener: Caller, _now_ns: int) -
 def _stat_show(cgrp: Cgroup, _caller: Caller) -> str:
     names = list(cgrp.hierarchy.controllers)
     active = [(n, css.nr_active if (css := cgrp.css.get(n)) else 0) for n in names]
-    dying = [(n, css.nr_dying if (css := cgrp.css.get(n)) else 0) for n in names]
+    dying = [(n, cgrp.nr_dying_css(n)) for n in names]
     return "".join(
         [
             f"nr_descendants {cgrp.nr_descendants}\n",

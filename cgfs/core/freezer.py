@@ -66,7 +66,7 @@ def is_frozen(cgrp: Cgroup, caller: Caller) -> bool:
     stopped: set[int] = set()
     # A process may have forked after the last look and before it stopped.
     for _ in range(_ROUNDS):
-        found = [task for dsct in cgrp.subtree() for task in _tasks_in(dsct)]
+        found = [task for dsct in cgrp.inhabited() for task in _tasks_in(dsct)]
         running = [task for task in found if task.pid not in stopped]
         if not running:
             return True
@@ -94,12 +94,13 @@ def kill(cgrp: Cgroup, now_ns: int) -> None:
         roots.processes.sync()
         found = {
             task.pid: task
-            for dsct in cgrp.subtree()
+            for dsct in cgrp.inhabited()
             for task in _tasks_in(dsct)
             if task.pid not in killed
         }
         if not found:
             return
         for task in found.values():
-            roots.tasks.kill(task, now_ns)
+            if roots.tasks.get(task.pid) is task:  # it may have ended with one before it
+                roots.tasks.kill(task, now_ns)
         killed.update(found)

@@ -65,6 +65,8 @@ class Hierarchy:
             self.root.css[controller.name] = css
         self.root.css = self.roots.in_order(self.root.css)
         self.roots.listener.appeared(self.root, css)
+        if self.version == 2:
+            self.root.changed("cgroup.controllers")
 
     def unbind(self, controller: Controller) -> Css:
         """Give a controller away, with its state in the root."""
@@ -74,6 +76,9 @@ class Hierarchy:
         )
         css = self.root.css.pop(controller.name)
         self.roots.listener.vanished(self.root, css)
+        if self.version == 2:
+            self.root.changed("cgroup.controllers")
+            self.root.changed("cgroup.subtree_control")
         return css
 
     def alloc_css(self, controller: Controller, cgrp: Cgroup, owner: Caller, now_ns: int) -> Css:

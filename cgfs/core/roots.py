@@ -46,7 +46,7 @@ class Roots:
         hierarchies: v2 and the v1 ones, newest last.
         controllers: all controllers by name.
         tasks: the tracked processes.
-        nodes: what owns files, by block number; removed ones until the view drops them.
+        nodes: what owns files, by block number; removed ones until the listener drops them.
         listener: who hears of changes.
         release: runs a v1 release agent: (agent, path).
     """
@@ -59,7 +59,7 @@ class Roots:
         self._blocks = 0
         self._control_sets: dict[frozenset[str], frozenset[str]] = {}
         self.nodes: dict[int, Node] = {}
-        self.listener: ModelListener = Silence()
+        self.listener: ModelListener = Silence(self.nodes)
         self.release: Callable[[str, str], None] = _no_release
         self.processes: Processes = processes or NoProcesses()
         self.tasks = TaskTable(self.processes)
@@ -115,10 +115,14 @@ class Roots:
             KeyError: the host does not have that controller.
         """
         hierarchy = self.controllers[controller].hierarchy
-        cgrp = self.cgroup_of(pid, hierarchy)
-        while controller not in cgrp.css and cgrp.parent is not None:
+        task = self.tasks.get(pid)
+        if task is not None and task.emulated:
+            cgrp = task.places[hierarchy]
+        else:
+            cgrp = self.cgroup_of(pid, hierarchy)
+        while (css := cgrp.css.get(controller)) is None and cgrp.parent is not None:
             cgrp = cgrp.parent
-        return cgrp.css[controller]
+        return cgrp.css[controller] if css is None else css
 
     def spawn(self, cgrp: Cgroup, owner: TaskOwner, now_ns: int = 0) -> Task:
         """Start an emulated process in a cgroup; it is in the root of every other hierarchy.
@@ -147,7 +151,7 @@ class Roots:
 
         Raises:
             CgroupError: EINVAL for an unknown controller, a bad name or neither; EBUSY while a
-                controller is in use elsewhere.
+                controller is in use elsewhere, or for the name of a hierarchy with others.
         """
         if name and not _V1_NAME.fullmatch(name):
             raise CgroupError(EINVAL, f"bad hierarchy name: {name}")
@@ -156,9 +160,9 @@ class Roots:
                 raise CgroupError(EINVAL, f"unknown controller: {controller}")
         if not controllers and not name:
             raise CgroupError(EINVAL, "neither controllers nor name= given")
-        for existing in self.hierarchies[1:]:
-            if set(existing.controllers) == set(controllers) and existing.name == name:
-                return existing
+        existing = self._find_v1(controllers, name)
+        if existing is not None:
+            return existing
         self._vet_takeover(controllers)
         next_id = max(h.id for h in self.hierarchies) + 1
         hierarchy = Hierarchy(self, next_id, 1, legacy.CORE_FILES, name)
@@ -172,18 +176,33 @@ class Roots:
             hierarchy.bind(bound, bound.hierarchy.unbind(bound))
         return hierarchy
 
+    def _find_v1(self, controllers: Sequence[str], name: str) -> Hierarchy | None:
+        """What is given has to match (Linux 6.12 cgroup-v1.c cgroup1_root_to_use())."""
+        for hierarchy in self.hierarchies[1:]:
+            if name and hierarchy.name != name:
+                continue
+            if not controllers or set(hierarchy.controllers) == set(controllers):
+                return hierarchy
+            if name:
+                raise CgroupError(EBUSY, f"hierarchy {name} has other controllers")
+        return None
+
     def _vet_takeover(self, controllers: Sequence[str]) -> None:
         for name in controllers:
             controller = self.controllers[name]
             if controller.hierarchy is not self.v2:
                 raise CgroupError(EBUSY, f"controller {name} is in another v1 hierarchy")
             root = controller.root_css()
-            if root.nr_active > 1 or root.nr_dying:
+            if root.nr_active > 1 or root.cgrp.nr_dying_css(name):
                 raise CgroupError(EBUSY, f"controller {name} is in use in v2")
 
     def unmount_v1(self, hierarchy: Hierarchy, now_ns: int = 0) -> None:
-        """Destroy a v1 hierarchy without child cgroups; one with children lives on invisibly."""
-        if hierarchy.root.children:
+        """Destroy a v1 hierarchy without child cgroups; one with children lives on invisibly.
+
+        A removed child that a charge pins counts: cgroup-v1.c lets the last mount go only when
+        the root's list of children is empty, and there it stays until it is freed.
+        """
+        if hierarchy.root.children or hierarchy.root.nr_dying:
             return
         for task in self.tasks:
             if task.places.pop(hierarchy, None) is not None:

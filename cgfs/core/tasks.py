@@ -27,7 +27,7 @@ class RealTask:
     Attributes:
         tid: thread id.
         tgid: its process.
-        kthread: a kernel thread; those are not moved.
+        kthread: a kernel thread that must not be moved.
         zombie: no thread of the process lives.
         state: state letter of the thread.
         uid: real user id.
@@ -150,15 +150,17 @@ class Task:
         places: cgroup of the thread group leader per hierarchy; a hierarchy that is missing
             means its root.
         strays: threads whose cgroup differs from the leader's, per thread id and hierarchy.
+        frozen: whether it was told to stop.
     """
 
-    __slots__ = ("owner", "pid", "places", "strays")
+    __slots__ = ("frozen", "owner", "pid", "places", "strays")
 
     def __init__(self, pid: int, owner: TaskOwner | None = None) -> None:
         self.pid = pid
         self.owner = owner
         self.places: dict[Hierarchy, Cgroup] = {}
         self.strays: dict[int, dict[Hierarchy, Cgroup]] = {}
+        self.frozen = False
 
     @property
     def emulated(self) -> bool:
@@ -170,6 +172,10 @@ class Task:
         if tid is not None and (stray := self.strays.get(tid, {}).get(hierarchy)) is not None:
             return stray
         return self.places.get(hierarchy, hierarchy.root)
+
+    def cgroups(self) -> set[Cgroup]:
+        """Every cgroup the leader or another thread was put into."""
+        return {*self.places.values(), *(c for own in self.strays.values() for c in own.values())}
 
     def strays_in(self, hierarchy: Hierarchy) -> Iterator[tuple[int, Cgroup]]:
         """(tid, cgroup) of the threads placed by themselves in one hierarchy."""
@@ -261,6 +267,7 @@ class TaskTable:
             return
         for cgrp in task.strays.pop(tid, {}).values():
             cgrp.remove_stray(tid, now_ns)
+        self.thaw(task, now_ns)
         if tid == tgid and not self.processes.threads(tgid):
             self.exit(task, now_ns)
 
@@ -269,8 +276,7 @@ class TaskTable:
         task = self._tasks.get(tgid)
         if task is None:
             return
-        places = {*task.places.values(), *(c for own in task.strays.values() for c in own.values())}
-        frozen = {a: None for cgrp in places for a in cgrp.ancestors() if a.e_freeze}
+        frozen = {a: None for cgrp in task.cgroups() for a in cgrp.ancestors() if a.e_freeze}
         for cgrp in frozen:
             cgrp.notify("cgroup.events")
 
@@ -280,6 +286,7 @@ class TaskTable:
             for cgrp in places.values():
                 cgrp.remove_stray(tid, now_ns)
         task.strays.clear()
+        task.frozen = False
         self._drop(task)
         for cgrp in list(task.places.values()):
             cgrp.remove_member(task, now_ns)
@@ -300,23 +307,27 @@ class TaskTable:
             return
         hierarchy = dst.hierarchy
         src = task.place(hierarchy)
-        for tid, cgrp in list(task.strays_in(hierarchy)):
-            self._unstray(task, tid, cgrp, now_ns)
+        strays = list(task.strays_in(hierarchy))
         if src is not dst:
             self._relocate(task, src, dst, now_ns)
+        for tid, cgrp in strays:
+            self._unstray(task, tid, cgrp, now_ns)
+        self.thaw(task, now_ns)
         self.release(task)
 
     def _relocate(self, task: Task, src: Cgroup, dst: Cgroup, now_ns: int) -> None:
-        frozen_before = src.e_freeze > 0
-        if task.pid in src.members:
-            src.remove_member(task, now_ns)
+        """Move the leader; joining before leaving keeps common ancestors populated all the time.
+
+        As Linux 6.12 cgroup.c css_set_move_task(): such ancestors generate no event.
+        """
         if dst is dst.hierarchy.root and not task.emulated:
             task.places.pop(dst.hierarchy, None)
         else:
             task.places[dst.hierarchy] = dst
             dst.add_member(task, now_ns)
-        if frozen_before and not dst.e_freeze:
-            self.thaw(task, now_ns)
+        if task.pid in src.members:
+            src.remove_member(task, now_ns)
+        self.thaw(task, now_ns)
         if task.owner is not None:
             task.owner.moved(now_ns)
         for follower in self._followers(task):
@@ -338,10 +349,10 @@ class TaskTable:
             del self.followers[pid]
 
     def move_thread(self, task: Task, tid: int, dst: Cgroup, now_ns: int) -> None:
-        """Put one thread of a real process into a cgroup."""
+        """Put one thread of a real process into a cgroup; one that has exited stays behind."""
         hierarchy = dst.hierarchy
         src = task.place(hierarchy, tid)
-        if src is dst:
+        if src is dst or tid not in self.processes.threads(task.pid):
             self.release(task)
             return
         if tid == task.pid:
@@ -352,11 +363,14 @@ class TaskTable:
             for other, cgrp in list(task.strays_in(hierarchy)):
                 if cgrp is dst:
                     self._unstray(task, other, cgrp, now_ns)
+        elif dst is task.place(hierarchy):
+            self._unstray(task, tid, src, now_ns)
         else:
-            if hierarchy in task.strays.get(tid, {}):
-                self._unstray(task, tid, src, now_ns)
-            if dst is not task.place(hierarchy):
-                self._stray(task, tid, dst, now_ns)
+            was_apart = hierarchy in task.strays.get(tid, {})
+            self._stray(task, tid, dst, now_ns)
+            if was_apart:
+                src.remove_stray(tid, now_ns)
+        self.thaw(task, now_ns)
         self.release(task)
 
     def _stray(self, task: Task, tid: int, cgrp: Cgroup, now_ns: int) -> None:
@@ -370,17 +384,27 @@ class TaskTable:
             del task.strays[tid]
         cgrp.remove_stray(tid, now_ns)
 
-    def freeze(self, task: Task, now_ns: int) -> None:
-        """Stop a process of a frozen cgroup."""
+    def freeze(self, task: Task, now_ns: int) -> bool:
+        """Stop a process of a frozen cgroup; False if it was told before."""
+        if task.frozen:
+            return False
+        task.frozen = True
         if task.owner is not None:
             task.owner.frozen(frozen=True, now_ns=now_ns)
         else:
             self.processes.freeze(task.pid)
         for follower in self._followers(task):
             follower.frozen(frozen=True, now_ns=now_ns)
+        return True
 
     def thaw(self, task: Task, now_ns: int) -> None:
-        """Let it go on."""
+        """Let it go on, unless it or one of its threads is in a frozen cgroup.
+
+        Where Linux stops single threads, here the whole process stands still.
+        """
+        if not task.frozen or any(cgrp.e_freeze for cgrp in task.cgroups()):
+            return
+        task.frozen = False
         if task.owner is not None:
             task.owner.frozen(frozen=False, now_ns=now_ns)
         else:

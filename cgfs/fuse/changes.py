@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cgfs.fuse.inodes import Inodes
 
 Entry = tuple[int, bytes, int]
-"""Parent inode, name, and the inode of a removed directory or 0."""
+"""Parent inode, name, and the inode that has gone; 0 for a name that appeared."""
 
 
 class Changes:

@@ -29,6 +29,9 @@ _HELPER = "fusermount3"
 # Its standard input ends when the serving process does; a line before that says all is well.
 _WATCH = 'read -r _ || fusermount3 -u -z -q -- "$1" || umount -l -- "$1"'
 _HELPER_SECONDS = 10.0
+# One page a request, as kernfs reads: the kernel then pins one page of a reader's buffer and not
+# all of it. What is longer comes in more requests, out of one snapshot.
+_COMMON = "default_permissions,max_read=4096"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +157,7 @@ def user_allow_other(configuration: Path = Path("/etc/fuse.conf")) -> bool:
 
 def _by_helper(helper: str, mountpoint: str, options: Options) -> Connection:
     words = [
-        "default_permissions",
+        _COMMON,
         f"fsname={_escape(options.fsname)}",
         f"subtype={_escape(options.subtype)}",
         *(["allow_other"] if options.allow_other else []),
@@ -195,7 +198,7 @@ def _receive(channel: socket.socket) -> int:
 
 def _by_mount(mountpoint: str, options: Options) -> Connection:
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions"
+    data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,{_COMMON}"
     if options.allow_other:
         data += ",allow_other"
     done = _libc().mount(

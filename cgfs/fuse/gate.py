@@ -152,6 +152,10 @@ class Gate:
         """Whether descriptors are open that outstayed a change."""
         return ino in self._held
 
+    def grace_left_s(self, ticket: Ticket) -> float:
+        """How long to wait for a ticket, in seconds."""
+        return max(0, ticket.deadline_ns - self._clock()) / 1e9
+
     def expire(self, ticket: Ticket) -> None:
         """The grace is over: who still reads is not waited for again."""
         for ino, row in ticket.waiting.items():

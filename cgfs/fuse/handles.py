@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from cgfs.core.caller import Caller
     from cgfs.core.cftype import CFType
+    from cgfs.core.node import Node
 
 
 class Handle:
@@ -21,6 +22,7 @@ class Handle:
 
     Attributes:
         ino: the file.
+        node: what owns it.
         row: its row.
         caller: who opened it.
         cached: reads come from the kernel's page cache.
@@ -31,16 +33,26 @@ class Handle:
         poll: wakes whoever polls this descriptor; None if nobody does.
     """
 
-    __slots__ = ("cached", "caller", "ino", "next", "poll", "row", "seen", "text", "writer")
+    __slots__ = (
+        "cached",
+        "caller",
+        "ino",
+        "next",
+        "node",
+        "poll",
+        "row",
+        "seen",
+        "text",
+        "writer",
+    )
 
-    def __init__(
-        self, ino: int, row: CFType, caller: Caller, *, cached: bool, writer: bool
-    ) -> None:
+    def __init__(self, ino: int, node: Node, row: CFType, caller: Caller) -> None:
         self.ino = ino
+        self.node = node
         self.row = row
         self.caller = caller
-        self.cached = cached
-        self.writer = writer
+        self.cached = False
+        self.writer = False
         self.text = b""
         self.next = 0
         self.seen = -1

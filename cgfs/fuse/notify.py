@@ -7,6 +7,7 @@ process are handed on by `Notifier.run`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pyfuse3
 import trio
 
+from cgfs.core.node import DIRECTORY, SLOT_MASK
 from cgfs.fuse.event_rate import EventRate
 from cgfs.fuse.threads import KernelThread
 
@@ -225,8 +227,17 @@ def _nothing() -> None:
 
 
 def _invalidate_entry(entry: Entry) -> None:
-    parent, name, deleted = entry
-    pyfuse3.invalidate_entry(parent, name, deleted)
+    """Drops a name; whoever watches a removed directory hears of it.
+
+    Of control files that go nobody hears, as in kernfs. A directory with open files below it is
+    no empty one to the kernel, so that it can only be dropped silently.
+    """
+    parent, name, gone = entry
+    if gone and gone & SLOT_MASK == DIRECTORY:
+        with contextlib.suppress(OSError):
+            pyfuse3.invalidate_entry(parent, name, gone)
+            return
+    pyfuse3.invalidate_entry(parent, name)
 
 
 def _poke(path: bytes) -> None:

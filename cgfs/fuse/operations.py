@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import functools
 import logging
 import os
 import select
@@ -13,9 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
-from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -23,15 +20,18 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
 from cgfs.core.caller import Caller
 from cgfs.core.cftype import Kind
-from cgfs.errors import CgroupError
+from cgfs.fuse.answers import answers
 from cgfs.fuse.attributes import EntryCache, Owner, missing_entry
 from cgfs.fuse.changes import Changes
 from cgfs.fuse.gate import Gate, Ticket
 from cgfs.fuse.handles import Handle, OpenFiles
 from cgfs.fuse.inodes import Inodes
 from cgfs.fuse.notify import Notifier
+from cgfs.fuse.refusals import Refusals
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+
     from pyfuse3 import PollHandle, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
     from cgfs.core.cftype import CFType
@@ -40,10 +40,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
-_Handler = Callable[Concatenate["Operations", _Args], _Result | Coroutine[Any, Any, _Result]]
 
+# Looked up once: an enumeration's members are found through a descriptor each time.
+_CONFIG = Kind.CONFIG
+_WRITES = os.O_ACCMODE | os.O_TRUNC
 _ALWAYS = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
 _EVENT = select.POLLPRI | select.POLLERR
 _KNOWN_CALLERS = 1024
@@ -53,34 +54,7 @@ _SIZE_OF_REMOVED = 4096
 _CAPABILITY = b"security.capability"
 
 
-def answers(
-    handler: _Handler[_Args, _Result],
-) -> Callable[Concatenate[Operations, _Args], Coroutine[Any, Any, _Result]]:
-    """Makes a pyfuse3 handler of a method: the one place where errors become errnos.
-
-    The method is plain where nothing has to be waited for, and returns a coroutine where
-    something has.
-    """
-
-    @functools.wraps(handler)
-    async def answer(self: Operations, *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
-        try:
-            result = handler(self, *args, **kwargs)
-            if type(result) is CoroutineType:
-                return cast("_Result", await result)
-            return cast("_Result", result)
-        except FUSEError:
-            raise
-        except CgroupError as error:
-            raise FUSEError(error.errno) from None
-        except Exception:
-            log.exception("%s%r is answered with EIO", handler.__name__, args)
-            raise FUSEError(errno.EIO) from None
-
-    return cast("Callable[Concatenate[Operations, _Args], Coroutine[Any, Any, _Result]]", answer)
-
-
-class Operations:
+class Operations(Refusals):
     """The handlers pyfuse3 calls (same methods as ``pyfuse3.Operations``).
 
     Args:
@@ -288,11 +262,6 @@ class Operations:
         self._files.directories.pop(fh, None)
 
     @answers
-    def fsyncdir(self, fh: int, datasync: bool) -> None:
-        """FSYNCDIR: cgroupfs has no such thing; without an answer it would succeed."""
-        raise FUSEError(errno.EINVAL)
-
-    @answers
     def mkdir(
         self, parent: int, name: bytes, mode: int, ctx: RequestContext
     ) -> EntryAttributes | Coroutine[Any, Any, EntryAttributes]:
@@ -389,39 +358,6 @@ class Operations:
             return self._then(None, entries_too=False)
         return None
 
-    @answers
-    def create(
-        self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
-    ) -> tuple[FileInfo, EntryAttributes]:
-        """CREATE of a name that is not there."""
-        raise FUSEError(errno.EACCES)
-
-    @answers
-    def mknod(
-        self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
-    ) -> EntryAttributes:
-        """MKNOD: cgroupfs has no such operation, but creates regular files (in vain)."""
-        raise FUSEError(errno.EACCES if stat.S_ISREG(mode) else errno.EPERM)
-
-    @answers
-    def symlink(
-        self, parent: int, name: bytes, target: bytes, ctx: RequestContext
-    ) -> EntryAttributes:
-        """SYMLINK."""
-        raise FUSEError(errno.EPERM)
-
-    @answers
-    def link(
-        self, ino: int, new_parent: int, new_name: bytes, ctx: RequestContext
-    ) -> EntryAttributes:
-        """LINK."""
-        raise FUSEError(errno.EPERM)
-
-    @answers
-    def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        """UNLINK."""
-        raise FUSEError(errno.EPERM)
-
     # Files
 
     @answers
@@ -429,22 +365,29 @@ class Operations:
         self, ino: int, flags: int, ctx: RequestContext
     ) -> FileInfo | Coroutine[Any, Any, FileInfo]:
         """OPEN: cached or direct, as the gate says."""
-        tree = self._tree
         if flags & os.O_DIRECT:
             raise FUSEError(errno.EINVAL)
-        if not tree.alive(ino):
+        node, slot = self._tree.resolve(ino)
+        if not node.online:
             raise FUSEError(self._error_of_removed(ino, ctx.pid))
-        row: CFType = tree.row(ino)
-        writes = flags & (os.O_ACCMODE | os.O_TRUNC)
+        row: CFType = node.rows[slot - 1]
+        writes = flags & _WRITES
         caller = self._opener(ctx) if writes else self._caller(ctx)
-        if row.kind is not Kind.CONFIG or row.show is None:
-            return self._opened(Handle(ino, row, caller, cached=False, writer=False))
-        if writes:
-            handle = Handle(ino, row, caller, cached=False, writer=True)
-            ticket = self.gate.open_writer(ino, row.name)
-            return self._opened(handle) if ticket is None else self._open_parked(handle, ticket)
-        cached = self.gate.open_reader(ino, row.name)
-        return self._opened(Handle(ino, row, caller, cached=cached, writer=False))
+        handle = Handle(ino, node, row, caller)
+        if row.kind is _CONFIG and row.show is not None:
+            if writes:
+                handle.writer = True
+                ticket = self.gate.open_writer(ino, row.name)
+                if ticket is not None:
+                    return self._open_parked(handle, ticket)
+            elif self.gate.open_reader(ino, row.name):
+                handle.cached = True
+                info = self._cached
+                info.fh = self._files.add(handle)
+                return info
+        info = self._direct
+        info.fh = self._files.add(handle)
+        return info
 
     async def _open_parked(self, handle: Handle, ticket: Ticket) -> FileInfo:
         try:
@@ -452,7 +395,8 @@ class Operations:
         except BaseException:
             self.gate.close_writer(handle.ino)
             raise
-        return self._opened(handle)
+        self._direct.fh = self._files.add(handle)
+        return self._direct
 
     def _error_of_removed(self, ino: int, pid: int) -> int:
         """Opening by name is ENOENT, opening again through /proc/PID/fd is ENODEV (spec C.8).
@@ -469,34 +413,35 @@ class Operations:
         self._asked_again.add(asked)
         return errno.ESTALE
 
-    def _opened(self, handle: Handle) -> FileInfo:
-        info = self._cached if handle.cached else self._direct
-        info.fh = self._files.add(handle)
-        return info
-
     @answers
     def read(self, fh: int, off: int, size: int) -> bytes:
         """READ: text is generated at offset 0 and wherever the previous read did not end."""
         handle = self._files.files[fh]
-        if off and off == handle.next:
+        # The page cache asks by pages, and may have those before from another descriptor.
+        if off and off == handle.next and not handle.cached:
             text = handle.text
-            if off >= len(text) and not self._tree.alive(handle.ino):
-                raise FUSEError(errno.ENODEV)
+            if off >= len(text):
+                if not handle.node.online:
+                    raise FUSEError(errno.ENODEV)
+                return b""
         else:
             text = self._generate(handle)
-        chunk = text[off : off + size] if off or size < len(text) else text
+            if not off and size >= len(text):
+                handle.next = len(text)
+                return text
+        chunk = text[off : off + size]
         handle.next = off + len(chunk)
         return chunk
 
     def _generate(self, handle: Handle) -> bytes:
         tree = self._tree
         row = handle.row
-        if row.kind is Kind.LIVE:
+        if row.kind is not _CONFIG:
             tree.before_access()
         text: bytes = tree.read(handle.ino, handle.caller)
         if row.notify:
             handle.seen = tree.sequence(handle.ino)
-        elif text or row.kind is Kind.CONFIG:
+        elif text or row.kind is _CONFIG:
             # An empty list of processes has not been shown (kernfs_seq_show() did not run).
             handle.seen = 0
         handle.text = text
@@ -544,18 +489,13 @@ class Operations:
         handle = self._files.files[fh]
         if poll_handle is not None:
             self._files.poll(fh, handle, poll_handle)
-        if not self._tree.alive(ino):
+        if not handle.node.online:
             return _ALWAYS | _EVENT
         # What a cached descriptor has read, it read in the kernel.
         if handle.cached:
             return _ALWAYS
         now = self._tree.sequence(ino) if handle.row.notify else 0
         return _ALWAYS if handle.seen == now else _ALWAYS | _EVENT
-
-    @answers
-    def flush(self, fh: int) -> None:
-        """FLUSH: never asked again after this answer."""
-        raise FUSEError(errno.ENOSYS)
 
     @answers
     def release(self, fh: int) -> None:
@@ -567,21 +507,6 @@ class Operations:
             self.gate.close_reader(handle.ino, handle.row.name)
         elif handle.writer:
             self.gate.close_writer(handle.ino)
-
-    @answers
-    def fsync(self, fh: int, datasync: bool) -> None:
-        """FSYNC."""
-        raise FUSEError(errno.ENOSYS)
-
-    @answers
-    def readlink(self, ino: int, ctx: RequestContext) -> bytes:
-        """READLINK; there are no links."""
-        raise FUSEError(errno.ENOSYS)
-
-    @answers
-    def access(self, ino: int, mode: int, ctx: RequestContext) -> bool:
-        """ACCESS; the kernel checks by itself (default_permissions)."""
-        raise FUSEError(errno.ENOSYS)
 
     # Waiting
 
@@ -595,8 +520,7 @@ class Operations:
             return
         event = trio.Event()
         ticket.on_clear = event.set
-        wait_s = (ticket.deadline_ns - time.monotonic_ns()) / 1e9
-        with self._driver.waiting(), trio.move_on_after(max(0.0, wait_s)):
+        with self._driver.waiting(), trio.move_on_after(self.gate.grace_left_s(ticket)):
             await event.wait()
         if not ticket.clear:
             self.gate.expire(ticket)

@@ -31,7 +31,8 @@ class ThreadExit(NamedTuple):
 class ForkSource(Protocol):
     """Reports what watched processes do, in the order in which it happened.
 
-    `watched` maps the process ids of interest to when the watch began, in clock ticks since boot.
+    `watched` maps the process ids of interest to the clock tick since boot from which on their
+    children count.
     It may grow and shrink while `read` iterates.
 
     Attributes:

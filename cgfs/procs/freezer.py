@@ -6,7 +6,8 @@
   is frozen, unless somebody continues it then.
 - Somebody's SIGCONT to a frozen process lets it run for a moment; `enforce` stops it again.
 - A signal that would end a frozen process ends it, as it does on Linux: SIGKILL at once, another
-  one, neither handled nor blocked, when `enforce` sees it waiting.
+  one, neither handled nor blocked, when `enforce` sees it waiting. In a process that was stopped
+  before it waits for SIGCONT, frozen or not (Linux kernel/signal.c wants_signal()).
 - Stopped, traced and waiting for a vfork child all count as frozen.
 - Kernel threads and the server itself are left running: a stopped server would hang the mount, and
   with it everybody who looks at it.
@@ -119,7 +120,7 @@ class Freezer:
             status = proc.read_status(tgid)
             if status is None:
                 continue
-            if _fatal(status) and not frozen.ending:
+            if _fatal(status) and not frozen.ending and not frozen.was_stopped:
                 # Woken, it takes the signal before it gets back to its own code.
                 frozen.ending = True
                 self._pidfds.send(tgid, signal.SIGCONT)

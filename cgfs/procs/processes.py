@@ -65,7 +65,7 @@ class RealProcesses:
         self._freezer = Freezer(self._pidfds)
         self._killer = Killer(self._pidfds)
         self._namespaces = Namespaces()
-        self._watched: dict[int, int] = {}  # tgid -> clock ticks when the watch began
+        self._watched: dict[int, int] = {}  # tgid -> clock ticks; its children since then count
         self._stillborn: set[int] = set()  # gone before the watch began
         self._departing = 0  # the process whose exit is being told
         self._listening = False
@@ -176,6 +176,7 @@ class RealProcesses:
         if self._watched.pop(tgid, None) is not None:
             self._pidfds.discard(tgid)
             self._stillborn.discard(tgid)
+            self._killer.forget(tgid)
 
     # News.
 
@@ -260,13 +261,15 @@ class RealProcesses:
             return
         self.members.forked(*fork, self._clock())
         if fork.child_tid == child:
+            if child in self._watched:
+                # All its children count: they are younger than it, and may be older than this look.
+                self._watched[child] = self._watched[fork.parent_tgid]
             self._killer.forked(fork.parent_tgid, child)
 
     def _gone(self, tgid: int) -> None:
         """A watched process is gone."""
         self.unwatch(tgid)
         self._freezer.forget(tgid)
-        self._killer.forget(tgid)
         if self.members is not None:
             self._departing = tgid
             self.members.exited(tgid, tgid, self._clock())

@@ -50,6 +50,14 @@ class RecordedProcesses(RealProcesses):
     def thaw(self, tgid: int) -> None:
         """Undo `freeze`."""
         super().thaw(tgid)
+        self._strike(tgid)
+
+    def _gone(self, tgid: int) -> None:
+        super()._gone(tgid)
+        self._strike(tgid)
+
+    def _strike(self, tgid: int) -> None:
+        """Take a process out of the record, if it is there."""
         start_ticks = self._recorded.pop(tgid, None)
         if start_ticks is None:
             return

@@ -433,7 +433,7 @@ class Tree:
         return xattrs.get(node.attributes(slot), name)
 
     def listxattr(self, ino: Ino) -> list[bytes]:
-        """Names in the order in which they were created."""
+        """Names, the greatest first."""
         node, slot = self.resolve(ino)
         return xattrs.names(node.attributes(slot))
 

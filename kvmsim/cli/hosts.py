@@ -45,9 +45,11 @@ def find_host(host: Path | None) -> tuple[RuntimeDir, Entry]:
         CommandError: there is no such host, it has died, or it is somebody else's.
     """
     runtime, entry = _named(host) if host else _only()
+    directory = Path(entry.directory)
     if not entry.alive:
         raise CommandError(
-            f"{entry.directory}: the host has died; clear it with: kvmsim down {entry.directory}"
+            f"{directory}: the host has died, see {runtime.log(directory)};"
+            f" clear it with: kvmsim down {directory}"
         )
     return runtime, entry
 

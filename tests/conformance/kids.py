@@ -196,18 +196,21 @@ def end_leader() -> None:
 
 def fork_sleeper() -> int:
     """Forks a child that sleeps until it or its parent is killed; returns its pid."""
-    return _child_that_sleeps(os.fork())
+    return _child_that_sleeps(os.getpid(), os.fork())
 
 
 def clone_sleeper(cgroup_fd: int) -> int:
     """Clones a sleeping child into the cgroup of a directory descriptor; returns its pid."""
-    return _child_that_sleeps(syscalls.clone3_into(cgroup_fd))
+    return _child_that_sleeps(os.getpid(), syscalls.clone3_into(cgroup_fd))
 
 
-def _child_that_sleeps(pid: int) -> int:
+def _child_that_sleeps(parent: int, pid: int) -> int:
     if pid == 0:
         syscalls.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        syscalls.pause_forever()
+        # The parent may have died before it was asked for.
+        if os.getppid() == parent:
+            syscalls.pause_forever()
+        os._exit(0)
     return pid
 
 

@@ -60,8 +60,6 @@ class MountedCgfs:
 
     def stop(self):
         """Ends the server as an operator would; what it wrote to standard error."""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
         self.process.send_signal(signal.SIGTERM)
         return self.ended()
 

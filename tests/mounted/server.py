@@ -63,15 +63,16 @@ class Server:
             mounted(self.tree, directory, direct="plain" not in options, gate=gate) as self.mount,
             trio.open_nursery() as nursery,
         ):
-            nursery.start_soon(self.end_at_signal, nursery.cancel_scope)
+            await nursery.start(self.end_at_signal, nursery.cancel_scope)
             if "noisy" in options:
                 nursery.start_soon(self.tick)
             say({"ready": True})
             await self.answer()
             nursery.cancel_scope.cancel()
 
-    async def end_at_signal(self, scope):
+    async def end_at_signal(self, scope, task_status):
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            task_status.started()
             async for _ in signals:
                 scope.cancel()
 

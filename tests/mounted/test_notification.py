@@ -10,6 +10,7 @@ import time
 import pytest
 
 IN_MODIFY = 0x2
+IN_DELETE_SELF = 0x400
 EVENT = struct.Struct("iIII")
 WAIT_MS = 2000
 NOTHING_MS = 100
@@ -123,6 +124,22 @@ def test_inotify_on_the_directory_names_the_file(tenant, refuse, inotify):
     names = {name for _, name in watcher.events()}
     assert names <= {"misc.events", "misc.events.local"}
     assert names
+
+
+def test_inotify_on_a_directory_sees_that_the_server_removes_it(mounted_cgfs, root, inotify):
+    mounted_cgfs.ask("mkdir", path="/a")
+    os.listdir(root / "a")
+    watcher = inotify(root / "a", IN_DELETE_SELF)
+    mounted_cgfs.ask("rmdir", path="/a")
+    assert watcher.events()[0] == (IN_DELETE_SELF, "")
+
+
+def test_a_removed_directory_in_use_is_gone_all_the_same(mounted_cgfs, root):
+    mounted_cgfs.ask("mkdir", path="/a")
+    with open(root / "a" / "cgroup.procs", "rb"):
+        mounted_cgfs.ask("rmdir", path="/a")
+        time.sleep(NOTHING_MS / 1000)
+        assert not (root / "a").exists()
 
 
 def test_inotify_sees_nothing_but_the_modification(tenant, refuse, inotify):

@@ -86,6 +86,8 @@ class Actor:
 class Writer(Actor):
     """Owns some of the things, so that nobody else changes them."""
 
+    openings = OPENINGS
+
     def __init__(self, root, ledger, seed):
         super().__init__(root, ledger, seed)
         self.things = [thing for thing in range(NR_THINGS) if thing % WRITERS == seed % WRITERS]
@@ -106,11 +108,14 @@ class Writer(Actor):
         return self.random.choice((0, 0, 0, 0.0005, 0.003))
 
     def set_limit(self, thing, number):
-        fd = os.open(f"{self.root}/limit{thing}/misc.max", self.random.choice(OPENINGS))
+        fd = os.open(f"{self.root}/limit{thing}/misc.max", self.random.choice(self.openings))
         try:
-            os.write(fd, b"sev " + text_of(number))
+            os.write(fd, b"sev " + self.text(number))
         finally:
             os.close(fd)
+
+    def text(self, number):
+        return text_of(number)
 
     def toggle(self, number):
         fd = os.open(f"{self.root}/parent/cgroup.subtree_control", TRUNC)
@@ -170,6 +175,36 @@ class Reader(Actor):
             return b"".join(pieces)
         finally:
             os.close(fd)
+
+
+class HoldingReader(Actor):
+    """Reads through descriptors it keeps open, so that every change overtakes it."""
+
+    def run(self, until):
+        fds = [os.open(f"{self.root}/limit{thing}/misc.max", os.O_RDONLY) for thing in range(2)]
+        while time.monotonic() < until:
+            thing = self.random.randrange(2)
+            before = self.ledger.acknowledged(thing)
+            text = os.pread(fds[thing], 4096, 0)
+            after = self.ledger.started(thing)
+            number = int(text.removeprefix(b"sev 1"))
+            assert before <= number <= after, (before, text, after)
+            self.done += 1
+        return self.done
+
+
+class SameLengthWriter(Writer):
+    """Leaves lengths alone, in its openings as well: those readers see torn (docs/differences)."""
+
+    openings = (os.O_WRONLY,)
+
+    def step(self):
+        thing = self.random.randrange(2)
+        number = self.ledger.acknowledged(thing) + 1
+        self.change(thing, number, lambda: self.set_limit(thing, number))
+
+    def text(self, number):
+        return b"1%09d" % number
 
 
 class Process:
@@ -246,3 +281,22 @@ def test_no_reader_sees_a_stale_or_torn_value(start_cgfs, processes, options):
 
     assert [outcome["error"] for outcome in outcomes if "error" in outcome] == []
     assert all(outcome["done"] > 10 for outcome in outcomes)
+
+
+@pytest.mark.timeout(60 + 2 * SECONDS)
+def test_descriptors_held_across_changes_are_never_stale(start_cgfs, processes):
+    server = start_cgfs()
+    server.hear()
+    root, ledger = server.root, Ledger()
+    (root / "cgroup.subtree_control").write_text("+misc")
+    for thing in range(2):
+        (root / f"limit{thing}").mkdir()
+        (root / f"limit{thing}" / "misc.max").write_bytes(b"sev 1000000000")
+    time.sleep(0.3)
+    until = time.monotonic() + SECONDS / 2
+    actors = [HoldingReader(root, ledger, seed) for seed in range(READERS)]
+    actors.append(SameLengthWriter(root, ledger, 0))
+    processes += [Process(actor, until) for actor in actors]
+    outcomes = [process.outcome() for process in processes]
+    assert [outcome["error"] for outcome in outcomes if "error" in outcome] == []
+    assert ledger.acknowledged(0) > 3

@@ -119,13 +119,12 @@ def shell(tmp_path):
 NOBODY = 65534
 
 # In a mount namespace of its own, so that the machine's device and directories stay as they are:
-# a device for everybody if wanted, and a way to the interpreter if that is in a closed directory.
+# a device for everybody or for root alone, and a way to the interpreter if that is in a closed
+# directory.
 BECOME_NOBODY = """
 set -e
-if [ -n "$OPEN_DEVICE" ]; then
-    mknod "$OPEN_DEVICE" c 10 229; chmod 666 "$OPEN_DEVICE"
-    mount --bind "$OPEN_DEVICE" /dev/fuse; rm "$OPEN_DEVICE"
-fi
+mknod "$DEVICE" c 10 229; chmod "$DEVICE_MODE" "$DEVICE"
+mount --bind "$DEVICE" /dev/fuse; rm "$DEVICE"
 if [ -n "$CLOSED" ]; then
     mkdir prefix; mount --bind "$PREFIX" prefix
     mount -t tmpfs -o mode=755 none "$CLOSED"
@@ -147,7 +146,8 @@ class OrdinaryShell(Shell):
         """Runs a command as that user."""
         closed = [p for p in Path(sys.base_prefix).parents if not p.stat().st_mode & 0o001]
         environment = {
-            "OPEN_DEVICE": str(self.home / "fuse") if self.open_device else "",
+            "DEVICE": str(self.home / "fuse"),
+            "DEVICE_MODE": "666" if self.open_device else "600",
             "CLOSED": str(closed[-1]) if closed else "",
             "PREFIX": sys.base_prefix,
             # What root does afterwards, in the same mount namespace.

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import click
 import pytest
@@ -62,6 +64,13 @@ def test_usage_error_is_64_and_one_line(capsys, arguments):
 @pytest.mark.parametrize("how", ["abort", "interrupt"])
 def test_interrupted_command_is_130(capsys, how):
     assert outcome(capsys, "sub", "--raise", how)[0] == 130
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_command_with_closed_streams_does_its_work(closed):
+    script = f'exec "$0" -m cgfs --help {closed}'
+    done = subprocess.run(["sh", "-c", script, sys.executable], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_help_is_no_failure(capsys):

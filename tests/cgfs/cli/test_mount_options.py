@@ -26,6 +26,10 @@ def test_capacities_by_resource():
     assert parse_options(["misc", "sev=10", "sev_es=5"]).capacities == {"sev": 10, "sev_es": 5}
 
 
+def test_largest_capacity():
+    assert parse_options(["sev=4294967295"]).capacities == {"sev": 2**32 - 1}
+
+
 def test_v1_flags():
     options = parse_options(["v1", "name=jobs", "clone_children", "release_agent=/bin/r"])
     assert (options.name, options.clone_children, options.release_agent) == ("jobs", True, "/bin/r")
@@ -43,6 +47,9 @@ def test_options_of_fstab_and_systemd_are_passed_over():
         ["cpu"],
         ["sev=many"],
         ["sev=-1"],
+        ["sev=4294967296"],
+        ["sev=" + "9" * 5000],
+        ["sev=\N{ARABIC-INDIC DIGIT THREE}"],
         ["=3"],
         ["all", "misc"],
         ["none", "misc"],

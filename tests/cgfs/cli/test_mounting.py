@@ -1,6 +1,7 @@
 import json
 import os
 import subprocess
+import time
 
 import pytest
 
@@ -40,10 +41,29 @@ def test_v1_mount_has_the_files_of_v1(shell, fuse):
     succeeded(shell.cgfs("umount", "tree"))
 
 
+def test_times_of_the_root_and_its_files_are_that_of_the_mount(shell, fuse):
+    before_ns = time.time_ns()
+    succeeded(shell.cgfs("mount", "tree"))
+    after_ns = time.time_ns()
+    (shell.home / "tree/tenant").mkdir()
+    root = (shell.home / "tree/cgroup.procs").stat()
+    tenant = (shell.home / "tree/tenant").stat()
+    succeeded(shell.cgfs("umount", "tree"))
+    assert before_ns <= root.st_mtime_ns <= after_ns <= tenant.st_mtime_ns <= time.time_ns()
+
+
 def test_resource_of_ones_own_is_counted_by_misc(shell, fuse):
     succeeded(shell.cgfs("mount", "tree", "-o", "misc,epc=7"))
     assert (shell.home / "tree/misc.capacity").read_text() == "epc 7\n"
     succeeded(shell.cgfs("umount", "tree"))
+
+
+def test_tree_shows_a_cgroup_whose_name_is_not_utf8(shell, fuse):
+    succeeded(shell.cgfs("mount", "tree"))
+    (shell.home / "tree" / os.fsdecode(b"bad\xff")).mkdir()
+    tree = json.loads(succeeded(shell.cgfs("tree", "tree", "--json")))
+    succeeded(shell.cgfs("umount", "tree"))
+    assert [child["path"] for child in tree["children"]] == [r"/bad\xff"]
 
 
 def test_tree_shows_limits_and_members(shell, fuse):

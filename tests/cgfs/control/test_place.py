@@ -42,6 +42,16 @@ def test_parent_is_not_created(tmp_path):
     assert (failure.exit_code, failure.errno) == (os.EX_UNAVAILABLE, errno.ENOENT)
 
 
+def test_path_that_is_not_utf8_is_refused_and_not_created(tmp_path):
+    directory = tmp_path / os.fsdecode(b"bad\xff")
+    failure = refusal(directory, "kvmsim down")
+    assert (failure.exit_code, failure.message) == (
+        os.EX_USAGE,
+        rf"{tmp_path}/bad\xff: the path is not UTF-8 text",
+    )
+    assert not directory.exists()
+
+
 def test_directory_with_content_is_refused_unless_it_may_disappear(tmp_path):
     (tmp_path / "file").touch()
     assert refusal(tmp_path, "kvmsim down").errno == errno.ENOTEMPTY

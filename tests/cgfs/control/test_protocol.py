@@ -1,5 +1,6 @@
 import os
 
+import msgspec
 import pytest
 
 from cgfs.control.errors import CommandError
@@ -12,6 +13,7 @@ from cgfs.control.protocol import (
     decode_reply,
     decode_request,
     encode_line,
+    encode_shown,
     raw,
 )
 
@@ -33,6 +35,27 @@ def test_problem_arrives_as_the_failure_that_was_sent():
     assert reply.problem is not None
     failure = reply.problem.failure()
     assert (failure.message, failure.exit_code, failure.errno) == ("vm c: no SEV ASID", 75, 16)
+
+
+def test_parameter_that_is_not_utf8_is_a_usage_error():
+    with pytest.raises(CommandError, match=r"^/bad\\xff: not UTF-8 text$") as caught:
+        raw({"cgroup": os.fsdecode(b"/bad\xff")})
+    assert caught.value.exit_code == os.EX_USAGE
+
+
+def test_name_that_is_not_utf8_is_shown_with_its_bytes():
+    result = [Problem(os.fsdecode(b"\xfe"), 69), {"groups": ["/a", os.fsdecode(b"/bad\xff")]}]
+    assert msgspec.json.decode(encode_shown(result)) == [
+        {"message": r"\xfe", "exit_code": 69, "errno": 0},
+        {"groups": ["/a", r"/bad\xff"]},
+    ]
+
+
+def test_problem_about_a_name_that_is_not_utf8_can_be_sent():
+    sent = CommandError(os.fsdecode(b"\xff: no such VM"))
+    reply = decode_reply(encode_line(Reply(1, problem=Problem.of(sent))))
+    assert reply.problem is not None
+    assert reply.problem.message == r"\xff: no such VM"
 
 
 def test_lines_come_out_whole_however_they_were_cut():

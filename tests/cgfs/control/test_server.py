@@ -140,6 +140,15 @@ async def send_until_closed(stream, data):
         return
 
 
+async def test_client_that_leaves_without_its_answers_ends_nothing_but_its_connection(path):
+    for data in (b"x" * (MAX_LINE_BYTES + 65536), encode_line(Request(1, "echo")) * 1000):
+        stream = await trio.open_unix_socket(path)
+        with trio.move_on_after(0.2):
+            await send_until_closed(stream, data)
+        await trio.aclose_forcefully(stream)
+    assert (await call(path, "echo", Word("still here")))["word"] == "still here"
+
+
 async def test_stranger_is_refused(tmp_path, nursery):
     server = Server(METHODS, lambda _peer: False)
     await nursery.start(server.serve, tmp_path / "s")

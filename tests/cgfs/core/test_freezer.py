@@ -2,6 +2,7 @@
 
 import pytest
 
+from cgfs.core import freezer
 from cgfs.core.caller import Caller
 
 
@@ -166,3 +167,104 @@ def test_child_forked_before_the_parent_stopped_is_waited_for(nested, roots, pro
     processes.is_frozen = is_frozen
     assert nested.cat("/d/cgroup.events") == "populated 1\nfrozen 0\n"
     assert asked == [100, 101]
+
+
+@pytest.fixture
+def threaded(shell, processes):
+    """/d with the threaded /d/t and /d/u; process 100 in /d, its thread 101 in /d/t."""
+    for path in ("/d", "/d/t", "/d/u"):
+        shell.mkdir(path)
+    for path in ("/d/t", "/d/u"):
+        shell.echo("threaded", f"{path}/cgroup.type")
+    processes.start(100, 101)
+    shell.echo("100", "/d/cgroup.procs")
+    shell.echo("101", "/d/t/cgroup.threads")
+    return shell
+
+
+def test_process_goes_on_when_its_frozen_thread_moves_out(threaded, processes):
+    threaded.echo("1", "/d/t/cgroup.freeze")
+    threaded.echo("101", "/d/u/cgroup.threads")
+    assert processes.frozen == set()
+
+
+def test_process_goes_on_when_it_takes_its_frozen_thread_home(threaded, processes):
+    threaded.echo("1", "/d/t/cgroup.freeze")
+    threaded.echo("100", "/d/u/cgroup.procs")
+    assert processes.frozen == set()
+
+
+def test_process_goes_on_when_its_frozen_thread_ends(threaded, roots, processes):
+    threaded.echo("1", "/d/t/cgroup.freeze")
+    processes.table[100] = [100]
+    roots.tasks.exited(101, 100, 0)
+    assert processes.frozen == set()
+
+
+def test_process_stays_frozen_while_one_of_its_threads_is(threaded, processes):
+    threaded.echo("1", "/d/t/cgroup.freeze")
+    threaded.echo("1", "/d/u/cgroup.freeze")
+    threaded.echo("100", "/d/u/cgroup.threads")
+    threaded.echo("0", "/d/u/cgroup.freeze")
+    assert processes.frozen == {100}
+    assert threaded.cat("/d/t/cgroup.events") == "populated 1\nfrozen 1\n"
+
+
+def test_from_one_frozen_cgroup_to_another_tells_the_process_nothing(shell, roots, owner):
+    for path in ("/a", "/b"):
+        shell.mkdir(path)
+        shell.echo("1", f"{path}/cgroup.freeze")
+    task = roots.spawn(roots.v2.find("/a"), owner)
+    owner.heard.clear()
+    shell.echo(f"{task.pid}", "/b/cgroup.procs")
+    assert owner.heard == ["moved"]
+
+
+def test_frozen_process_that_joins_a_frozen_cgroup_generates_no_event(shell, processes, recorder):
+    for path in ("/a", "/b"):
+        shell.mkdir(path)
+    for pid, path in ((100, "/a"), (200, "/b")):
+        shell.echo(f"{processes.start(pid)}", f"{path}/cgroup.procs")
+        shell.echo("1", f"{path}/cgroup.freeze")
+    recorder.heard.clear()
+    shell.echo("100", "/b/cgroup.procs")
+    assert recorder.of("modified") == [("/a", "cgroup.events")]
+
+
+def test_killing_and_reading_events_looks_only_where_somebody_is(nested, processes, monkeypatch):
+    looked = []
+    tasks_in = freezer._tasks_in
+    monkeypatch.setattr(
+        freezer, "_tasks_in", lambda cgrp: looked.append(cgrp.path) or tasks_in(cgrp)
+    )
+    nested.mkdir("/d/e")
+    nested.echo(f"{processes.start(100)}", "/d/c/cgroup.procs")
+    nested.echo("1", "/d/cgroup.freeze")
+    looked.clear()
+    nested.cat("/d/cgroup.events")
+    nested.echo("1", "/d/cgroup.kill")
+    assert set(looked) == {"/d/c"}
+
+
+def test_process_that_ends_with_another_is_not_killed_again(nested, roots, owner):
+    class Parent(type(owner)):
+        def killed(self, now_ns):
+            roots.exit(child)
+
+    roots.spawn(roots.v2.find("/d/c"), Parent())
+    child = roots.spawn(roots.v2.find("/d/c"), owner)
+    nested.echo("1", "/d/cgroup.kill")
+    assert owner.heard == []
+
+
+def test_process_that_ends_while_it_is_moved_hears_no_more(nested, roots, owner):
+    class Last(type(owner)):
+        def moved(self, now_ns):
+            roots.exit(task)
+
+    last = Last()
+    task = roots.spawn(roots.v2.find("/d"), last)
+    nested.echo("1", "/d/c/cgroup.freeze")
+    nested.echo(f"{task.pid}", "/d/c/cgroup.procs")
+    assert last.heard == [("frozen", True)]
+    assert nested.cat("/d/c/cgroup.events") == "populated 0\nfrozen 1\n"

@@ -155,3 +155,40 @@ def test_rmdir_without_charges_leaves_nothing_dying(shell):
     shell.mkdir("/d")
     shell.rmdir("/d")
     assert "nr_dying_descendants 0\n" in shell.cat("/cgroup.stat")
+
+
+def test_removed_parent_of_a_dying_cgroup_is_dying_too(roots, shell):
+    shell.echo("+misc", "/cgroup.subtree_control")
+    shell.mkdir("/d")
+    shell.echo("+misc", "/d/cgroup.subtree_control")
+    css = shell.mkdir("/d/a").css["misc"]
+    css.try_charge("sev")
+    shell.rmdir("/d/a")
+    shell.rmdir("/d")
+    assert "nr_dying_descendants 2\n" in shell.cat("/cgroup.stat")
+    assert "nr_dying_subsys_misc 2\n" in shell.cat("/cgroup.stat")
+    css.uncharge("sev")
+    assert "nr_dying_descendants 0\n" in shell.cat("/cgroup.stat")
+    assert "nr_dying_subsys_misc 0\n" in shell.cat("/cgroup.stat")
+
+
+def test_stat_counts_dying_state_of_a_controller_that_is_off_here(shell):
+    shell.echo("+misc", "/cgroup.subtree_control")
+    css = shell.mkdir("/d").css["misc"]
+    css.try_charge("sev")
+    shell.echo("-misc", "/cgroup.subtree_control")
+    assert "nr_subsys_misc 0\n" in shell.cat("/d/cgroup.stat")
+    assert "nr_dying_subsys_misc 1\n" in shell.cat("/d/cgroup.stat")
+    shell.echo("+misc", "/cgroup.subtree_control")
+    assert "nr_subsys_misc 1\n" in shell.cat("/d/cgroup.stat")
+    assert "nr_dying_subsys_misc 1\n" in shell.cat("/d/cgroup.stat")
+    css.uncharge("sev")
+    assert "nr_dying_subsys_misc 0\n" in shell.cat("/d/cgroup.stat")
+
+
+def test_removed_cgroup_that_no_view_shows_is_dropped(roots, shell):
+    shell.echo("+misc", "/cgroup.subtree_control")
+    before = set(roots.nodes)
+    shell.mkdir("/d")
+    shell.rmdir("/d")
+    assert set(roots.nodes) == before

@@ -207,3 +207,73 @@ def test_rename_in_v2_is_eperm(roots, shell, fails_with):
 def test_emulated_processes_are_in_the_root_of_every_hierarchy(roots, shell, v1, owner):
     roots.spawn(shell.mkdir("/a"), owner)
     assert v1.cat("/cgroup.procs", Caller(0, 0, 1)) == f"{FIRST_EMULATED_PID}\n"
+
+
+def test_release_does_not_run_for_a_cgroup_its_threads_process_joins(roots, v1, processes):
+    released = []
+    roots.release = lambda agent, path: released.append(path)
+    v1.echo("/agent", "/release_agent")
+    v1.mkdir("/a")
+    v1.echo("1", "/a/notify_on_release")
+    processes.start(100, 101)
+    v1.echo("101", "/a/tasks")
+    v1.echo("100", "/a/cgroup.procs")
+    assert released == []
+
+
+def test_root_lists_no_thread_that_is_elsewhere(v1, processes):
+    processes.start(100, 101, 102)
+    v1.mkdir("/a")
+    v1.echo("101", "/a/tasks")
+    assert v1.cat("/tasks") == "100\n102\n"
+    assert v1.cat("/a/tasks") == "101\n"
+
+
+def test_leader_that_exited_does_not_move_by_its_own_number(v1, processes):
+    processes.start(100, 101)
+    v1.mkdir("/a")
+    v1.mkdir("/b")
+    v1.echo("100", "/a/cgroup.procs")
+    processes.table[100] = [101]
+    v1.echo("100", "/b/tasks")
+    assert v1.cat("/a/tasks") == "101\n"
+    assert v1.cat("/b/cgroup.procs") == ""
+
+
+def test_controllers_alone_find_a_named_hierarchy(roots):
+    named = roots.mount_v1(["misc"], "x")
+    assert roots.mount_v1(["misc"]) is named
+
+
+def test_name_alone_finds_a_hierarchy_with_controllers(roots):
+    named = roots.mount_v1(["misc"], "x")
+    assert roots.mount_v1([], "x") is named
+
+
+def test_name_of_a_hierarchy_with_other_controllers_is_ebusy(roots, fails_with):
+    roots.mount_v1(["misc"], "x")
+    with fails_with("EBUSY"):
+        roots.mount_v1(["encryption_ids"], "x")
+
+
+def test_unmount_with_a_dying_child_keeps_the_hierarchy(roots, v1):
+    css = v1.mkdir("/a").css["encryption_ids"]
+    css.try_charge("sev")
+    v1.rmdir("/a")
+    roots.unmount_v1(v1.hierarchy)
+    assert roots.mount_v1(["encryption_ids"]) is v1.hierarchy
+    css.uncharge("sev")
+    roots.unmount_v1(v1.hierarchy)
+    assert "encryption_ids" in roots.v2.controllers
+
+
+def test_taking_a_controller_from_v2_changes_its_lists(roots, shell, recorder):
+    shell.echo("+misc", "/cgroup.subtree_control")
+    hierarchy = roots.mount_v1(["misc"])
+    assert recorder.of("changed") == [
+        ("/", "cgroup.controllers"),
+        ("/", "cgroup.subtree_control"),
+    ]
+    recorder.heard.clear()
+    roots.unmount_v1(hierarchy)
+    assert recorder.of("changed") == [("/", "cgroup.controllers")]

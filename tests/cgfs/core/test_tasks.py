@@ -125,3 +125,30 @@ def test_exit_of_a_stray_thread_empties_its_cgroup(shell, roots, processes):
     roots.tasks.exited(101, 100, 0)
     assert shell.cat("/A/B/cgroup.events") == "populated 0\nfrozen 0\n"
     assert shell.cat("/A/cgroup.threads") == "100\n"
+
+
+def test_move_to_a_sibling_generates_no_event_on_the_parent(nested, roots, recorder):
+    nested.mkdir("/d/e")
+    recorder.heard.clear()
+    nested.echo("100", "/d/e/cgroup.procs")
+    assert recorder.of("modified") == [("/d/e", "cgroup.events"), ("/d/c", "cgroup.events")]
+
+
+def test_move_down_generates_no_event_on_the_parent(nested, roots, recorder):
+    nested.echo("100", "/d/cgroup.procs")
+    recorder.heard.clear()
+    nested.echo("100", "/d/c/cgroup.procs")
+    assert recorder.of("modified") == [("/d/c", "cgroup.events")]
+
+
+def test_thread_that_moves_to_a_sibling_tells_the_parent_nothing(shell, processes, recorder):
+    for path in ("/d", "/d/t", "/d/u"):
+        shell.mkdir(path)
+    for path in ("/d/t", "/d/u"):
+        shell.echo("threaded", f"{path}/cgroup.type")
+    processes.start(100, 101)
+    shell.echo("100", "/d/cgroup.procs")
+    shell.echo("101", "/d/t/cgroup.threads")
+    recorder.heard.clear()
+    shell.echo("101", "/d/u/cgroup.threads")
+    assert recorder.of("modified") == [("/d/u", "cgroup.events"), ("/d/t", "cgroup.events")]

@@ -245,3 +245,14 @@ def test_thaw_after_a_repeated_stop_goes_on(start):
     freezer.thaw(child.pid)
     assert state(child) != "T"
     pidfds.close()
+
+
+def test_sigterm_waits_on_in_a_process_that_was_stopped_before(freezer, sleeper, monkeypatch):
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    wait_stopped(sleeper)
+    os.kill(sleeper.pid, signal.SIGTERM)
+    sent = []
+    monkeypatch.setattr(freezer._pidfds, "send", lambda *signal: sent.append(signal))
+    freezer.freeze(sleeper.pid)
+    freezer.enforce()
+    assert sent == []

@@ -4,7 +4,10 @@ import threading
 
 import pytest
 
+from cgfs.procs import processes as processes_module
+from cgfs.procs import scan
 from cgfs.procs.forks import Fork
+from cgfs.procs.processes import RealProcesses
 
 FORKS_TWICE = """
 import os, time
@@ -246,3 +249,28 @@ def test_frozen_process_of_a_closed_host_goes_on(connected, start, eventually):
     connected.close()
     child.communicate("\n", timeout=5)
     assert child.returncode == 0
+
+
+def test_grandchild_is_known_also_when_both_are_seen_late(recorder, start, monkeypatch):
+    monkeypatch.setattr(scan, "last_pid", lambda: 0)
+    late = RealProcesses(scan.ForkScan(), lambda: 0, recorder)
+    recorder.processes = late
+    child = start.sh("echo; read line; sh -c 'sleep 60 & echo; wait' & wait")
+    child.stdout.readline()
+    late.watch(child.pid)
+    tell(child)
+    monkeypatch.setattr(processes_module, "clock_ticks", lambda: scan.clock_ticks() + 1000)
+    late.sync()
+    late.close()
+    assert len(recorder.children) == 2
+
+
+def test_number_of_a_killed_process_is_forgotten_with_the_watch(processes, start, monkeypatch):
+    child = start("sleep", "60")
+    processes.watch(child.pid)
+    processes.kill(child.pid)
+    processes.unwatch(child.pid)
+    sent = []
+    monkeypatch.setattr(processes._pidfds, "send", lambda *signal: sent.append(signal))
+    processes._killer.forked(child.pid, child.pid + 1)
+    assert sent == []

@@ -61,3 +61,12 @@ def test_close_leaves_no_record(processes, sleepers, record):
     processes.freeze(sleepers[0].pid)
     processes.close()
     assert not record.exists()
+
+
+def test_record_goes_with_a_frozen_process_that_ends(processes, sleepers, record):
+    processes.watch(sleepers[0].pid)
+    processes.freeze(sleepers[0].pid)
+    sleepers[0].kill()
+    sleepers[0].wait()
+    processes.sync()
+    assert not record.exists()

@@ -47,6 +47,18 @@ def test_directory_with_content_is_left_alone(shell, fuse):
     assert (shell.home / "host/file").exists()
 
 
+def test_directory_that_is_not_utf8_is_refused(shell, fuse):
+    odd = shell.home / os.fsdecode(b"bad\xff")
+    refused(shell.kvmsim("up", odd), os.EX_USAGE, r"bad\xff: the path is not UTF-8 text")
+    assert shell.leftovers() == []
+    assert not odd.exists()
+
+
+def test_name_of_a_vm_that_is_not_utf8_is_refused(shell, host):
+    done = shell.kvmsim("vm", "show", os.fsdecode(b"bad\xff"))
+    refused(done, os.EX_USAGE, r"bad\xff: not UTF-8 text")
+
+
 def test_directory_below_nothing_is_not_created(shell, fuse):
     refused(shell.kvmsim("up", "none/host"), os.EX_UNAVAILABLE, "none/host")
 

@@ -94,6 +94,23 @@ def test_ratelimit_of_the_vmm_slows_its_vm(shell, host):
     assert a["bus_lock_exits"] > 0
 
 
+def test_host_and_its_vms_start_from_a_command_with_closed_streams(shell, fuse):
+    script = "kvmsim up host <&- >&- 2>&- && kvmsim vm start a <&- >&- 2>&-"
+    succeeded(shell.run("sh", "-c", script))
+    assert vm(shell, "a")["state"] == "running"
+    succeeded(shell.kvmsim("down", "host"))
+    assert shell.leftovers() == []
+
+
+def test_vm_in_a_cgroup_whose_name_is_not_utf8_is_shown(shell, host):
+    succeeded(shell.kvmsim("vm", "start", "a"))
+    odd = host / "sys/fs/cgroup" / os.fsdecode(b"bad\xff")
+    odd.mkdir()
+    (odd / "cgroup.procs").write_text(str(vm(shell, "a")["pid"]))
+    assert vm(shell, "a")["cgroup"] == r"/bad\xff"
+    assert r"/bad\xff" in succeeded(shell.kvmsim("vm", "list"))
+
+
 def test_chosen_controllers_are_all_there_is(shell, fuse):
     arguments = ("up", "host", "--preset", "lab-amd", "--controllers", "misc")
     succeeded(shell.kvmsim(*arguments))
