@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvmsim.abi import caps
 from kvmsim.errors import KvmError
+from kvmsim.kvm import irqchip
 from kvmsim.kvm.dispatch import enables, state_of
 
 if TYPE_CHECKING:
@@ -166,6 +167,8 @@ def limit_vcpu_ids(vm: Vm, enable: KvmEnableCap, client: Client) -> int:
     """Set the highest number of ids, once; the first vCPU sets it to the maximum."""
     del client
     limit = enable.arg0
+    if irqchip.of(vm).boot_cpu > limit:
+        raise KvmError(EINVAL, f"limit {limit} leaves no id for the boot CPU")
     if limit == vm.max_vcpu_ids:
         return 0
     if limit > caps.KVM_MAX_VCPU_IDS or vm.max_vcpu_ids:

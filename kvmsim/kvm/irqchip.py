@@ -182,7 +182,10 @@ def set_boot_cpu_id(vm: Vm, call: Call) -> int:
     """Choose the vCPU that starts by itself, before there is any."""
     if vm.vcpus:
         raise KvmError(EBUSY, "vCPUs exist")
-    of(vm).boot_cpu = call.value & 0xFFFF_FFFF
+    # Linux 6.12 x86.c compares with ">": one id too many is taken.
+    if call.value > (vm.max_vcpu_ids or caps.KVM_MAX_VCPU_IDS):
+        raise KvmError(EINVAL, f"no vCPU can have id {call.value}")
+    of(vm).boot_cpu = call.value
     return 0
 
 

@@ -5,6 +5,7 @@ Order of the checks: kvm.md F.2 (Linux 6.12 ``__kvm_set_memory_region``). It is 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from errno import EEXIST, EFAULT, EINVAL
 from typing import TYPE_CHECKING, Protocol
@@ -80,7 +81,7 @@ class Slot:
 
 
 class Memslots:
-    """The slots of one VM.
+    """The slots of one VM. No two of them overlap.
 
     Attributes:
         slots: by number.
@@ -89,21 +90,54 @@ class Memslots:
         generation: grows with every change; whoever caches what a slot is looks here.
     """
 
-    __slots__ = ("generation", "initially_set", "manual_protect", "slots")
+    __slots__ = ("_by_gpa", "_starts", "generation", "initially_set", "manual_protect", "slots")
 
     def __init__(self, vm: Vm) -> None:
         del vm
         self.slots: dict[int, Slot] = {}
+        # The same by address: a VM may have 32,764 of them.
+        self._starts: list[int] = []
+        self._by_gpa: list[Slot] = []
         self.manual_protect = False
         self.initially_set = False
         self.generation = 0
 
     def find(self, gpa: int) -> Slot | None:
         """The slot behind an address."""
-        for slot in self.slots.values():
-            if slot.gpa <= gpa < slot.gpa + slot.size_bytes:
-                return slot
+        index = bisect_right(self._starts, gpa) - 1
+        if index < 0:
+            return None
+        slot = self._by_gpa[index]
+        return slot if gpa < slot.gpa + slot.size_bytes else None
+
+    def in_the_way(self, new: Slot) -> Slot | None:
+        """A slot of another number that claims an address of a new one."""
+        index = max(bisect_right(self._starts, new.gpa) - 1, 0)
+        # Its predecessor, itself if it moves, and the next one: more cannot be before a verdict.
+        for other in self._by_gpa[index : index + 3]:
+            if other.number != new.number and other.overlaps(new):
+                return other
         return None
+
+    def put(self, slot: Slot) -> None:
+        """A slot is new or other than it was."""
+        if slot.number in self.slots:
+            self._take(slot.number)
+        index = bisect_right(self._starts, slot.gpa)
+        self._starts.insert(index, slot.gpa)
+        self._by_gpa.insert(index, slot)
+        self.slots[slot.number] = slot
+        self.generation += 1
+
+    def remove(self, number: int) -> None:
+        """A slot is deleted."""
+        self._take(number)
+        self.generation += 1
+
+    def _take(self, number: int) -> None:
+        index = bisect_right(self._starts, self.slots.pop(number).gpa) - 1
+        del self._starts[index]
+        del self._by_gpa[index]
 
     def mark_dirty(self, gpa: int, size_bytes: int = 1) -> None:
         """The guest wrote there."""
@@ -184,8 +218,7 @@ def _set(vm: Vm, call: Call, data: bytes) -> None:
             raise KvmError(EINVAL, f"no slot {slot.number}")
         if old.guest_memfd is not None:
             del old.guest_memfd.bound[slot.number]
-        del memslots.slots[slot.number]
-        memslots.generation += 1
+        memslots.remove(slot.number)
         return
     if old is not None and not _changes(old, slot):
         return
@@ -240,9 +273,8 @@ def _check(slot: Slot) -> None:
 
 def _place(vm: Vm, memslots: Memslots, slot: Slot) -> None:
     """Refuse a place that is taken or beyond what the guest can address."""
-    for other in memslots.slots.values():
-        if other.number != slot.number and other.overlaps(slot):
-            raise KvmError(EEXIST, f"slot {other.number} is there")
+    if other := memslots.in_the_way(slot):
+        raise KvmError(EEXIST, f"slot {other.number} is there")
     if slot.gpa + slot.size_bytes > 1 << cpuid.physical_bits(vm.machine):
         raise KvmError(EINVAL, f"{slot.gpa:#x} is beyond the guest-physical width")
 
@@ -265,5 +297,4 @@ def _install(memslots: Memslots, slot: Slot) -> None:
             slot.dirty[:full] = b"\xff" * full
             if rest:
                 slot.dirty[full] = (1 << rest) - 1
-    memslots.slots[slot.number] = slot
-    memslots.generation += 1
+    memslots.put(slot)
