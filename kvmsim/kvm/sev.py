@@ -215,11 +215,14 @@ def _take_key(
         raise KvmError(EINVAL, "vCPUs exist")
     if vm.sev_active:
         raise KvmError(EINVAL, "the VM is encrypted already")
-    key = vm.system.keys.take_asid(client.pid, es=es)
+    keys, firmware = vm.system.keys, vm.system.firmware
+    key = keys.take_asid(client.pid, es=es)
+    if not keys.ALLOCATES:
+        firmware.bindings.flush()
     try:
-        direct(cmd, vm.system.firmware.init)
+        direct(cmd, firmware.init)
     except KvmError:
-        vm.system.keys.free_asid(key)
+        keys.free_asid(key)
         raise
     vm.key = key
     info(vm).asid = key.asid

@@ -6,7 +6,7 @@ Charging a cgroup and taking a key is one synchronous step: either both happened
 from __future__ import annotations
 
 from errno import ENOSPC
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from cgfs.errors import CgroupError
 from kvmsim.errors import KvmError
@@ -44,9 +44,12 @@ class Keys:
     Attributes:
         asids: the SEV allocator.
         tdx_free: trust domain keys nobody holds.
+        ALLOCATES: ASIDs are handed out and flushed here. False: somewhere else, and whatever comes
+            from there was flushed since its last use.
     """
 
     __slots__ = ("_accounting", "asids", "tdx_free")
+    ALLOCATES: ClassVar[bool] = True
 
     def __init__(self, machine: Machine) -> None:
         sev = machine.sev

@@ -26,6 +26,7 @@ class HostKeys(Keys):
     """
 
     __slots__ = ("_connection",)
+    ALLOCATES = False
 
     def __init__(self, machine: Machine, connection: HostConnection) -> None:
         super().__init__(machine)

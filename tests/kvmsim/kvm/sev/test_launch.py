@@ -7,6 +7,8 @@ import pytest
 from kvmsim.abi import sev as abi
 from kvmsim.kvm import sregs
 from kvmsim.sev import transport
+from kvmsim.sev.asid import AsidPool
+from kvmsim.sev.keys import Keys
 
 SEV, SEV_ES = 2, 3
 INVALID_STATE, INVALID_LENGTH, ADDRESS, ASID_OWNED, INVALID_ASID = 2, 4, 9, 12, 13
@@ -435,3 +437,24 @@ def test_asid_of_a_guest_that_ran_is_flushed_before_it_runs_another(vmm):
         vm.close()
     assert asids == [5, 6, 7, 8, 9, 5]
     assert vmm.system.firmware.bindings.flushes == 1
+
+
+class ElsewhereKeys(Keys):
+    """The allocator is in another process: it hands out an ASID again without telling why."""
+
+    ALLOCATES = False
+
+    def take_asid(self, pid, *, es):
+        self.asids = AsidPool(5, 9)
+        return super().take_asid(pid, es=es)
+
+    def free_asid(self, key):
+        pass
+
+
+def test_asid_that_was_flushed_elsewhere_runs_another_guest(vmm):
+    vmm.system.keys = ElsewhereKeys(vmm.system.machine)
+    for _ in range(3):
+        vm = vmm.running()
+        assert vm.key.asid == 5
+        vm.close()
