@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import ctypes
 from errno import EFAULT
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvmsim.errors import KvmError
+
+if TYPE_CHECKING:
+    import mmap
 
 _BUFFER_BYTES: Final = 4096
 _TOP: Final = 1 << 47  # first address beyond user space
@@ -61,6 +64,21 @@ def read(thread: int, address: int, size_bytes: int) -> bytes:
     if _readv(thread, _local_address, 1, _remote_address, 1, 0) != size_bytes:
         raise KvmError(EFAULT, f"cannot read {size_bytes} bytes at {address:#x}")
     return _buffer_view[:size_bytes].tobytes()
+
+
+def read_into(thread: int, address: int, target: mmap.mmap, offset: int, size_bytes: int) -> None:
+    """Copy from the address space of a thread into a mapping.
+
+    Raises:
+        KvmError: EFAULT, some of it is not readable, or the thread is gone.
+    """
+    window = (ctypes.c_char * size_bytes).from_buffer(target, offset)
+    local = _Vector(ctypes.addressof(window), size_bytes)
+    remote = _Vector(address, size_bytes)
+    done = _readv(thread, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    del window
+    if done != size_bytes:
+        raise KvmError(EFAULT, f"cannot read {size_bytes} bytes at {address:#x}")
 
 
 def write(thread: int, address: int, data: bytes) -> None:

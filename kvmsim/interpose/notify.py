@@ -111,6 +111,15 @@ class Listener:
         request = bytearray(ADDFD.pack(number, ADDFD_FLAG_SEND, fd, 0, flags))
         return int(fcntl.ioctl(self.fd, NOTIF_ADDFD, request))
 
+    def install(self, number: int, fd: int) -> int:
+        """Give the caller a copy of a descriptor, and leave it waiting; the copy's number.
+
+        Raises:
+            OSError: as ``answer_with_descriptor``.
+        """
+        request = bytearray(ADDFD.pack(number, 0, fd, 0, os.O_CLOEXEC))
+        return int(fcntl.ioctl(self.fd, NOTIF_ADDFD, request))
+
     def is_valid(self, number: int) -> bool:
         """Whether the caller still waits for the answer."""
         try:

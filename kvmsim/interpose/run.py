@@ -128,6 +128,7 @@ async def supervise(
             await nursery.start(_forward_signals, launched.pid)
             if emulated.beside is not None:
                 nursery.start_soon(emulated.beside, supervisor)
+                await trio.lowlevel.checkpoint()  # it starts before the first call is answered
             await supervisor.serve()
             nursery.cancel_scope.cancel()
     finally:

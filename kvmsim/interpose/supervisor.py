@@ -18,11 +18,14 @@ import trio
 from kvmsim.abi.ioctls import KVM_CREATE_VM, KVM_RUN
 from kvmsim.abi.run import MMAP_SIZE_BYTES
 from kvmsim.errors import KvmError
+from kvmsim.interpose.client_memory import share
 from kvmsim.interpose.clients import Clients
 from kvmsim.interpose.descriptors import Descriptors
 from kvmsim.interpose.filter import NR_IOCTL
+from kvmsim.interpose.remap import Remap
 from kvmsim.interpose.runs import IDLE, LAST_LOOK_NS, Run
 from kvmsim.interpose.signals import pending
+from kvmsim.kvm.devsev import SevFile
 from kvmsim.kvm.dispatch import KvmFile
 from kvmsim.kvm.page import KvmRun
 from kvmsim.kvm.run import InGuest
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from kvmsim.engine.base import GuestEngine
+    from kvmsim.interpose.client_memory import ClientMemory
     from kvmsim.interpose.clients import Process, Thread
     from kvmsim.interpose.descriptors import Descriptor
     from kvmsim.interpose.namespace import Identity
@@ -133,6 +137,7 @@ class Supervisor:
         self._readable: dict[Readable, Descriptor] = {}
         self._parked: dict[Run, None] = {}
         self._parked_one = trio.Event()
+        self._calling: Thread | None = None
         self._late: list[Notification] = []
         self._late_one = trio.Event()
         self._number = 0
@@ -248,7 +253,11 @@ class Supervisor:
             return None
         identity = (status.st_dev, status.st_ino)
         file = self.descriptors.find(identity)
-        return file if file is not None else self._devices.get(identity)
+        if file is None:
+            file = self._devices.get(identity)
+        if isinstance(file, SevFile):
+            return file.opened(writable=_is_writable(thread, fd))
+        return file
 
     def _meet(self, number: int, tid: int) -> Thread | None:
         """The calling thread, not seen before; None if it is gone."""
@@ -280,6 +289,7 @@ class Supervisor:
     ) -> None:
         """Let KVM do it and answer."""
         self._number = number = notification[0]
+        self._calling = thread
         tap = self._tap
         answered = False
         try:
@@ -308,7 +318,7 @@ class Supervisor:
             result = -EIO
         if tap is not None:
             tap.returned(file, request, arg, caller, result, now_ns)
-        if not answered:
+        if not answered and self._number:
             self.listener.answer(number, max(result, 0), max(-result, 0))
 
     def _caller(
@@ -323,6 +333,33 @@ class Supervisor:
         waiting = request == KVM_RUN and (self._parked or self._limited)
         now_ns = self.loop.catch_up() if waiting else self.loop.now_ns()
         return self.clients.caller(thread, pointer, now_ns), now_ns
+
+    def memory_of_caller(self, address: int, size_bytes: int) -> ClientMemory:
+        """Get hold of memory of whoever makes the present call, for as long as it is wanted.
+
+        Private pages are replaced by shared ones where the client may be traced. That answers the
+        call, with 0, so it is to be the last thing done for a call that succeeds.
+
+        Args:
+            address: of the range; page aligned.
+            size_bytes: of the range; whole pages.
+        """
+        number, thread = self._number, self._calling
+        assert thread is not None
+        waiting = {run.thread.number for run in self._parked if run.thread is not None}
+        waiting |= {late[1] for run in self._parked for late in run.waiting}
+        waiting |= {late[1] for late in self._late}
+        remap = Remap(
+            thread.process.pid,
+            thread.number,
+            waiting,
+            lambda fd: self.listener.install(number, fd),
+            lambda: self.listener.answer(number, 0),
+        )
+        memory = share(thread.process.pid, address, size_bytes, remap)
+        if remap.answered:
+            self._number = 0
+        return memory
 
     def interrupt_all(self) -> None:
         """Let every KVM_RUN that waits return EINTR, as a signal to its thread would."""
