@@ -28,10 +28,12 @@ from kvmsim.sev.asid import Asid
 from kvmsim.sev.keys import Key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
+    from typing import Any
 
     from cgfs.control.server import Peer
     from cgfs.controllers.bus_lock import BusLock
+    from cgfs.core.cftype import CFType
     from kvmsim.builder.host import Host
     from kvmsim.control.client_messages import (
         BusLockRequest,
@@ -51,6 +53,10 @@ TOGETHER_S = 0.001
 
 SETTLE_S = 0.1
 """How long supervisors may take to give back what has been closed; a stopped one never does."""
+
+
+CHARGE_FILES = ("misc.", "encryption_ids.")
+"""Files that show charges begin so."""
 
 
 class Clients:
@@ -97,7 +103,13 @@ class Clients:
             self._limits_changed = trio.Event()
             self.tell_situations()
 
-    async def settle(self, asking: ClientSession) -> None:
+    def before_read(self, row: CFType) -> Coroutine[Any, Any, None] | None:
+        """What to wait for before a count of charges is shown: see :meth:`settle`."""
+        if not row.name.startswith(CHARGE_FILES) or not any(s.holds_keys for s in self._sessions):
+            return None
+        return self.settle()
+
+    async def settle(self, asking: ClientSession | None = None) -> None:
         """Wait until all other supervisors have given back what their clients have closed."""
         asked = [session.ask_to_settle() for session in self if session is not asking]
         with trio.move_on_after(SETTLE_S):
@@ -229,6 +241,11 @@ class ClientSession:
         if charge is None:
             raise from_errno(f"no charge {params.charge}", EINVAL)
         return self._host.accounting.is_charged_to(self._vetted(params.pid), charge)
+
+    @property
+    def holds_keys(self) -> bool:
+        """Whether it has anything that a close could give back."""
+        return bool(self._keys)
 
     def kinds_held(self) -> list[str]:
         """The kind of every charge."""

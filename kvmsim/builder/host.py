@@ -119,6 +119,7 @@ class Host:
         self.tree.before_access = self.catch_up
         self.files = Files(self.tree, self.now_ns)
         self.clients = Clients(self)
+        self.tree.settle = self.clients.before_read
 
     # -- time ----------------------------------------------------------------------------------
 
