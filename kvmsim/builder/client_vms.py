@@ -91,6 +91,13 @@ class ClientVms:
         for key in list(self._vms):
             self._remove(key)
 
+    def owner(self, name: str) -> int | None:
+        """The process of a VM by that name; None if there is none."""
+        for vm in self._vms.values():
+            if vm.name == name:
+                return vm.pid
+        return None
+
     def exits(self, names: tuple[str, ...]) -> int:
         """Exits of some kinds, of all VMs."""
         return sum(vm.count(names) for vm in self._vms.values())

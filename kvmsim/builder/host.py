@@ -149,6 +149,10 @@ class Host:
 
     # -- virtual machines ------------------------------------------------------------------------
 
+    async def settle(self) -> None:
+        """Waits until clients' supervisors have given back what was closed."""
+        await self.clients.settle()
+
     def start_vm(
         self, request: StartVm, caller_pid: int = 0, engines: Engines | None = None
     ) -> VmSnapshot:
@@ -225,6 +229,9 @@ class Host:
         self.catch_up()
         process = self.vms.get(name)
         if process is None:
+            for client in self.clients:
+                if (owner := client.vms.owner(name)) is not None:
+                    raise CommandError(f"it belongs to a program: end process {owner}")
             raise CommandError("no such VM")
         snapshot = process.snapshot(self.timeline.now_ns)
         process.killed(self.timeline.now_ns)

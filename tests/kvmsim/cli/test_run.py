@@ -166,6 +166,10 @@ def test_vms_of_clients_are_listed_and_have_debugfs_directories(shell, clients, 
     [vm] = json.loads(shell.kvmsim("vm", "list", "--json").stdout)
     assert (vm["name"], vm["type"], vm["cgroup"], vm["asid"]) == (name, "sev", "/a", 6)
     assert vm["guest"].startswith("client python")
+    stopped = shell.kvmsim("vm", "stop", name)
+    assert stopped.stderr == (
+        f"kvmsim: vm {name}: it belongs to a program: end process {client('pid')}\n"
+    )
     info = json.loads(shell.kvmsim("info", "--json").stdout)
     assert (info["vms"], info["resources"]["sev"]["used"]) == (1, 1)
     client("close")
