@@ -36,6 +36,7 @@ XMM_SPACE = 160
 XSTATE_BV = 512
 XCOMP_BV = 520
 HEADER_RESERVED = slice(528, 576)
+EXTENDED = 576
 XCR0_X87 = 1
 XCR0_SSE = 2
 XCR0_AVX = 4
@@ -52,11 +53,11 @@ class Fpu:
     __slots__ = ("area", "xcr0")
 
     def __init__(self, vcpu: Vcpu) -> None:
+        del vcpu
         self.xcr0 = XCR0_X87
         area = self.area = bytearray(KVM_XSAVE.size_bytes)
         pack_into("<H", area, 0, FCW_RESET)
         pack_into("<II", area, 24, MXCSR_RESET, MXCSR_MASK)
-        pack_into("<Q", area, XSTATE_BV, cpuid.supported_xcr0(vcpu.vm.machine))
 
 
 def of(vcpu: Vcpu) -> Fpu:
@@ -98,9 +99,15 @@ def set_fpu(vcpu: Vcpu, call: Call) -> int:
 
 @handles(VcpuFile, KVM_GET_XSAVE)
 def get_xsave(vcpu: Vcpu, call: Call) -> int:
-    """Copy the XSAVE area out."""
+    """Copy the XSAVE area out: x87, SSE, and what the guest's CPUID shows besides."""
     _refuse_protected(vcpu)
-    call.write(of(vcpu).area)
+    area = bytearray(of(vcpu).area)
+    shown = cpuid.guest_xcr0(vcpu) | XCR0_X87 | XCR0_SSE
+    (xstate_bv,) = unpack_from("<Q", area, XSTATE_BV)
+    pack_into("<Q", area, XSTATE_BV, xstate_bv & shown)
+    if not shown & XCR0_AVX:
+        area[EXTENDED:] = bytes(len(area) - EXTENDED)
+    call.write(area)
     return 0
 
 
@@ -119,7 +126,7 @@ def set_xsave(vcpu: Vcpu, call: Call) -> int:
     (mxcsr,) = unpack_from("<I", data, 24)
     if xstate_bv & ~cpuid.supported_xcr0(vcpu.vm.machine) or xcomp_bv or any(data[HEADER_RESERVED]):
         raise KvmError(EINVAL, f"XSAVE header {xstate_bv:#x}, {xcomp_bv:#x}")
-    if mxcsr & ~MXCSR_MASK:
+    if xstate_bv & (XCR0_SSE | XCR0_AVX) and mxcsr & ~MXCSR_MASK:
         raise KvmError(EINVAL, f"MXCSR {mxcsr:#x}")
     of(vcpu).area = data
     return 0

@@ -125,7 +125,13 @@ def _async_pf(vcpu: Vcpu, value: int) -> int | None:
 
 
 def _async_pf_int(vcpu: Vcpu, value: int) -> int | None:
-    return None if value >> 8 or (value and not vcpu.vm.irqchip) else value
+    """The vector of the announcement: not even 0 without a local APIC in the kernel."""
+    return None if value >> 8 or not vcpu.vm.irqchip else value
+
+
+def _tsc_adjust(vcpu: Vcpu, value: int) -> int:
+    """Kept only for a guest whose CPUID shows the register."""
+    return value if cpuid.guest_register(vcpu, 7, "ebx") >> 1 & 1 else IGNORED
 
 
 def _pv_eoi(vcpu: Vcpu, value: int) -> int | None:
@@ -173,7 +179,7 @@ RULES: Final[dict[int, Rule]] = {
     abi.EBL_CR_POWERON: Rule(accept=_only_zero),
     abi.SMI_COUNT: Rule(),
     abi.IA32_FEAT_CTL: Rule(vendor="intel", accept=_bits(0x1)),
-    abi.IA32_TSC_ADJUST: Rule(),
+    abi.IA32_TSC_ADJUST: Rule(accept=_tsc_adjust),
     abi.IA32_UCODE_WRITE: Rule(accept=_ignore),
     abi.IA32_UCODE_REV: Rule(of_host=True),
     abi.PLATFORM_INFO: Rule(abi.PLATFORM_INFO_CPUID_FAULT),

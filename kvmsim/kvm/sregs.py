@@ -65,6 +65,7 @@ CR4_FEATURES = {
     CR4_PKE: (7, "ecx", 3),
 }
 APIC_BASE_RESERVED = 0x2FF
+CR8_MAX = 15
 APIC_X2APIC = 1 << 10
 APIC_ENABLE = 1 << 11
 
@@ -221,7 +222,8 @@ def _unpack_common(vcpu: Vcpu, data: bytes) -> None:
         raise KvmError(EINVAL, f"APIC base {get(data, 'apic_base'):#x}")
     of(vcpu).data = bytearray(data[:SREGS_COMMON_BYTES])
     vcpu.apic_base = get(data, "apic_base")
-    vcpu.cr8 = get(data, "cr8") & 0xF
+    if get(data, "cr8") <= CR8_MAX:  # a wider one is dropped
+        vcpu.cr8 = get(data, "cr8")
 
 
 def _refuse_protected(vcpu: Vcpu) -> None:

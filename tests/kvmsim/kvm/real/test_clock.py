@@ -37,17 +37,6 @@ def test_attribute_of_a_vcpu_there_is_not(world, vcpu, request_number, group, at
     assert world.ioctl(vcpu, request_number, data) == (-1, ENXIO)
 
 
-def test_offset_of_the_counter_reads_back(world, vcpu):
-    address, memory = world.pages(1)
-    attr = KVM_DEVICE_ATTR.pack(addr=address)
-    assert world.ioctl(vcpu, ioctls.KVM_HAS_DEVICE_ATTR, attr) == DONE
-    memory[:8] = (0x123456789).to_bytes(8, "little")
-    assert world.ioctl(vcpu, ioctls.KVM_SET_DEVICE_ATTR, attr) == DONE
-    memory[:8] = bytes(8)
-    assert world.ioctl(vcpu, ioctls.KVM_GET_DEVICE_ATTR, attr) == DONE
-    assert int.from_bytes(memory[:8], "little") == 0x123456789
-
-
 def test_frequency_of_a_vm_with_vcpus_is_fixed(world, vm, vcpu):
     khz, _ = world.ioctl(vm, ioctls.KVM_GET_TSC_KHZ)
     assert world.ioctl(vm, ioctls.KVM_SET_TSC_KHZ, khz) == INVALID

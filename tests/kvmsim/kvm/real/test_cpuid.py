@@ -48,13 +48,13 @@ def test_run_that_never_entered_the_guest_leaves_the_table_free(world, vcpu):
 
 
 def test_older_form_becomes_the_newer(world, vcpu):
-    words = (1, 2, 3, 4, 5, 0)
+    words = (0x80000008, 0x3030, 3, 4, 5, 0)
     data = KVM_CPUID2.pack(nent=1) + b"".join(word.to_bytes(4, "little") for word in words)
     assert world.ioctl(vcpu, ioctls.KVM_SET_CPUID, data) == DONE
     got = table(nent=1) + bytes(40)
     assert world.ioctl(vcpu, ioctls.KVM_GET_CPUID2, got) == DONE
     names = ("function", "index", "flags", "eax", "ebx")
-    assert [KVM_CPUID_ENTRY2.get(got[8:], name) for name in names] == [1, 0, 0, 2, 3]
+    assert [KVM_CPUID_ENTRY2.get(got[8:], name) for name in names] == [0x80000008, 0, 0, 0x3030, 3]
 
 
 @pytest.mark.parametrize("request_number", [ioctls.KVM_SET_CPUID, ioctls.KVM_SET_CPUID2])
