@@ -526,3 +526,12 @@ class Supervisor:
 def errno_of(error: OSError) -> int:
     """The number of an error, which Python allows to be missing."""
     return error.errno or EIO
+
+
+def _is_writable(thread: Thread, fd: int) -> bool:
+    """Whether a descriptor was opened for writing."""
+    try:
+        flags = thread.text(f"fdinfo/{fd}").partition(b"flags:")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return bool(int(flags, 8) & os.O_ACCMODE)

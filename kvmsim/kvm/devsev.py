@@ -45,6 +45,10 @@ class SevFile(KvmFile):
         self.system = system
         self.writable = writable
 
+    def opened(self, *, writable: bool) -> SevFile:
+        """The same device as another open of it sees it."""
+        return SevFile(self.system, writable=writable)
+
     @property
     def creator(self) -> Client:
         """Nobody in particular."""
