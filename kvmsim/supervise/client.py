@@ -6,7 +6,6 @@ import logging
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
-from errno import EIO
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -28,7 +27,7 @@ from kvmsim.supervise.reporter import Reporter
 from kvmsim.supervise.trace import Trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
     from typing import IO
 
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from kvmsim.interpose.supervisor import Supervisor, Tap
     from kvmsim.kvm.dispatch import KvmFile
     from kvmsim.supervise.script import Script
-
-    Refusal = Callable[[int, int, Process], int | None]
 
 log = logging.getLogger(__name__)
 
@@ -67,25 +64,19 @@ class ClientOptions:
 
 
 class Taps:
-    """Several taps in a row; the first that wants a call to fail decides.
+    """Several taps in a row; every one sees every call, the first that wants it to fail decides.
 
     Args:
-        taps: every one of them sees every call and its end.
-        refusals: asked in order with what a call is to fail.
+        taps: in order.
     """
 
-    def __init__(self, taps: Sequence[Tap], refusals: Sequence[Refusal]) -> None:
+    def __init__(self, taps: Sequence[Tap]) -> None:
         self._taps = tuple(taps)
-        self._refusals = tuple(refusals)
 
     def called(self, file: KvmFile, request: int, arg: int, caller: Process) -> int | None:
         """A call is about to be carried out."""
-        for tap in self._taps:
-            tap.called(file, request, arg, caller)
-        for refusal in self._refusals:
-            if errno := refusal(request, arg, caller):
-                return errno
-        return None
+        errnos = [tap.called(file, request, arg, caller) for tap in self._taps]
+        return next(filter(None, errnos), None)
 
     def returned(
         self, file: KvmFile, request: int, arg: int, caller: Process, result: int, now_ns: int
@@ -149,18 +140,13 @@ class HostedClient:
         self._settle()
         return status
 
-    def _tap(self) -> Taps:
+    def _tap(self) -> Tap:
         taps: list[Tap] = [self._reporter]
-        refusals: list[Refusal] = [self._refuse_without_host]
         if self._options.trace is not None:
             taps.append(Trace(self._options.trace))
         if self._options.script is not None and self._options.script.faults:
-            refusals.append(Faults(self._options.script.faults).errno)
-        return Taps(taps, refusals)
-
-    def _refuse_without_host(self, request: int, arg: int, caller: Process) -> int | None:
-        del request, arg, caller
-        return EIO if self._connection.lost else None
+            taps.append(Faults(self._options.script.faults))
+        return Taps(taps) if len(taps) > 1 else self._reporter
 
     def _place(self, pid: int) -> None:
         """Put the client into its cgroup, before its program starts."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvmsim.kvm.client import Client
+    from kvmsim.kvm.dispatch import KvmFile
 
 _REQUESTS = {**ioctls.SYSTEM, **ioctls.VM, **ioctls.VCPU}
 _COMMANDS: dict[str, int] = {
@@ -76,7 +77,7 @@ class Fault:
 
 
 class Faults:
-    """All faults of a script; a tap of the supervisor asks before every call.
+    """All faults of a script; a tap of the supervisor.
 
     Args:
         faults: in the order of the script. All count a call, the first that strikes decides.
@@ -87,14 +88,15 @@ class Faults:
         for fault in faults:
             self._by_request.setdefault(fault.request, []).append(fault)
 
-    def errno(self, request: int, arg: int, client: Client) -> int | None:
+    def called(self, file: KvmFile, request: int, arg: int, caller: Client) -> int | None:
         """With what a call is to fail; None: it is not to."""
+        del file
         faults = self._by_request.get(request)
         if faults is None:
             return None
         command: int | None = None
         if request == ioctls.KVM_MEMORY_ENCRYPT_OP:
-            command = _command(arg, client)
+            command = _command(arg, caller)
         striking = [
             fault
             for fault in faults
@@ -105,10 +107,15 @@ class Faults:
         if striking[0].firmware is not None:
             error = striking[0].firmware.to_bytes(4, "little")
             try:
-                client.write(arg + sev.KVM_SEV_CMD.fields["error"].offset, error)
+                caller.write(arg + sev.KVM_SEV_CMD.fields["error"].offset, error)
             except KvmError as unwritable:
                 return unwritable.errno
         return striking[0].errno
+
+    def returned(
+        self, file: KvmFile, request: int, arg: int, caller: Client, result: int, now_ns: int
+    ) -> None:
+        """Nothing: a call counts when it is made."""
 
 
 def parse(words: Sequence[str]) -> Fault:

@@ -6,6 +6,7 @@ and now and then while there are any. What lives shorter than that is never repo
 
 from __future__ import annotations
 
+from errno import EIO
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
@@ -51,6 +52,8 @@ class _Made(NamedTuple):
 class Reporter:
     """Reports the VMs of one supervisor; a tap that notes who makes and runs what.
 
+    Without a host there is nothing to run on: every call fails with EIO.
+
     Args:
         system: their KVM.
         connection: to the host, attached.
@@ -65,11 +68,12 @@ class Reporter:
         self._reported: dict[int, ClientVm] = {}
         self._news = trio.Event()
 
-    def called(self, file: KvmFile, request: int, arg: int, caller: Process) -> None:
+    def called(self, file: KvmFile, request: int, arg: int, caller: Process) -> int | None:
         """Note which thread runs a vCPU."""
         del arg
         if request == KVM_RUN and isinstance(file, Vcpu):
             self._runners[file] = caller.thread.number
+        return EIO if self._connection.lost else None
 
     def returned(
         self, file: KvmFile, request: int, arg: int, caller: Process, result: int, now_ns: int

@@ -17,14 +17,14 @@ def faults(*lines):
 
 
 def outcomes(made, request, calls, arg=0, client=None):
-    return [made.errno(request, arg, client or LocalClient(1)) for _ in range(calls)]
+    return [made.called(None, request, arg, client or LocalClient(1)) for _ in range(calls)]
 
 
 def sev_call(made, number):
     """The errno of a command, and what its error field is afterwards."""
     client = LocalClient(1)
     data = sev.KVM_SEV_CMD.pack(id=number, error=99)
-    errno = made.errno(OP, client.map(data), client)
+    errno = made.called(None, OP, client.map(data), client)
     return errno, sev.KVM_SEV_CMD.get(data, "error")
 
 
@@ -82,4 +82,4 @@ def test_error_that_cannot_be_written_is_efault():
     client = ReadOnly(1)
     arg = client.map(sev.KVM_SEV_CMD.pack(id=sev.KVM_SEV_LAUNCH_START))
     made = faults("fail KVM_SEV_LAUNCH_START 1 firmware=1")
-    assert made.errno(OP, arg, client) == EFAULT
+    assert made.called(None, OP, arg, client) == EFAULT
