@@ -15,6 +15,7 @@ from kvmsim.host.accounting import CgroupAccounting
 from kvmsim.host.machine import Machine
 from kvmsim.host.presets import load
 from kvmsim.interpose import Emulated, Unavailable, run
+from kvmsim.kvm.devsev import SevFile
 from kvmsim.kvm.system import System
 
 SOURCES = Path(__file__).parent / "clients"
@@ -36,30 +37,47 @@ class Host:
 
     def assert_nothing_left(self):
         statistics = self.system.statistics()
-        assert (statistics.vms, statistics.vcpus, statistics.asids.sev) == (0, 0, 0)
-        assert self.roots.v2.root.css["misc"].account("sev").usage == 0
+        asids = statistics.asids
+        assert (statistics.vms, statistics.vcpus, asids.sev, asids.sev_es) == (0, 0, 0, 0)
+        for resource in self.system.machine.capacities:
+            assert self.roots.v2.root.css["misc"].account(resource).usage == 0
 
 
 @pytest.fixture(scope="session")
 def trapping():
-    host = make_host()
+    host = emulated_host()
     try:
         host.run("true")
     except Unavailable as reason:
         pytest.skip(f"no client can be run here: {reason}")
 
 
-def make_host(preset="naples15", stops=()):
+def emulated_host(preset="naples15", stops=()):
     roots = Roots([MISC])
     system = System(Machine(load(preset), roots, CgroupAccounting(roots)))
-    return Host(roots, system, Emulated(system, engine=lambda _: Scripted(list(stops))))
+    return Host(
+        roots,
+        system,
+        Emulated(
+            system,
+            devices={"sev": SevFile(system)},
+            engine=lambda _: Scripted(list(stops)),
+        ),
+    )
+
+
+@pytest.fixture
+def make_host(trapping):
+    """Make a host of a preset, whose guests stop as given."""
+    del trapping
+    return emulated_host
 
 
 @pytest.fixture
 def host(trapping):
     """Guests write "hi" to a serial port, then halt for ever."""
     del trapping
-    made = make_host(stops=[Io(port=0x3F8, size=1, data=b"hi"), Hlt()])
+    made = emulated_host(stops=[Io(port=0x3F8, size=1, data=b"hi"), Hlt()])
     yield made
     made.assert_nothing_left()
 
@@ -68,7 +86,7 @@ def host(trapping):
 def halted(trapping):
     """Guests halt for ever."""
     del trapping
-    made = make_host()
+    made = emulated_host()
     yield made
     made.assert_nothing_left()
 
