@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 MAX_INLINE = 64
 """Stops without guest time a run goes through before others get their turn."""
 
+STOP_NS = 1_500
+"""What a stop without guest time takes once there have been that many: on Linux, an exit and a new
+entry. A guest that does nothing else gets no more of the supervisor than of a real CPU."""
+
 FIRST_LOOK_NS = 500_000
 LAST_LOOK_NS = 5_000_000
 
@@ -169,8 +173,8 @@ class Run(Scheduled):
         """Take a place on the timeline, unless something else ends the wait."""
         if type(blocked) is InGuest:
             self.phase = GUEST
-            self._burst_ns = blocked.guest_ns
-            self._timeline.run_for(self, blocked.guest_ns)
+            self._burst_ns = guest_ns = blocked.guest_ns or MAX_INLINE * STOP_NS
+            self._timeline.run_for(self, guest_ns)
         elif type(blocked) is Halted:
             self.phase = HALTED
             if blocked.wake_after_ns is not None:
