@@ -12,7 +12,7 @@ from pathlib import Path
 from selftests.expected import Expect
 
 SKIPPED = 4  # KSFT_SKIP of kselftest.h
-GRACE_S = 5
+GRACE_S = 2
 MOST_OUTPUT = 1 << 20
 
 
@@ -71,7 +71,7 @@ def reason(status: int, output: str) -> str:
         return ""
     if status == SKIPPED:
         said = [line for line in lines if "skip" in line.lower()]
-        return _skip_reason(said[-1] if said else "")
+        return _skip_reason((said or lines or ["gives no reason"])[-1])
     for number, line in enumerate(lines):
         if "Test Assertion Failure" in line:
             return _assertion(lines[number + 1 :])
@@ -83,7 +83,7 @@ def reason(status: int, output: str) -> str:
 def _skip_reason(line: str) -> str:
     """Takes the KTAP words off: `1..0 # SKIP - Requirement not met: CONDITION`."""
     text = line.removeprefix("1..0 # SKIP").strip(" -").removesuffix(", skipping test")
-    return text.removeprefix("Requirement not met: ") or "gives no reason"
+    return text.removeprefix("Requirement not met: ")
 
 
 def _assertion(lines: Sequence[str]) -> str:
@@ -91,9 +91,7 @@ def _assertion(lines: Sequence[str]) -> str:
     place = lines[0] if lines else ""
     # FILE:LINE: CONDITION, `pid=`, callers `N  0x...: FUNCTION at FILE:LINE`, then the message.
     message = [
-        line
-        for line in lines[1:]
-        if not line.startswith(("pid=", "(")) and not line[:1].isdigit()
+        line for line in lines[1:] if not line.startswith(("pid=", "(")) and not line[:1].isdigit()
     ]
     return f"{place.split('/')[-1]}: {message[0]}" if message else place
 

@@ -40,6 +40,10 @@ def test_skip_of_the_library_is_told_in_its_words():
     )
 
 
+def test_skip_that_does_not_say_so_is_told_by_the_last_line():
+    assert reason(4, "Random seed: 1\nHUGETLB is not enabled\n") == "HUGETLB is not enabled"
+
+
 def test_skip_without_a_word_is_told_as_such():
     assert reason(4, "") == "gives no reason"
 
