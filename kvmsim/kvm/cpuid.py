@@ -38,6 +38,8 @@ VENDORS = {"amd": b"AuthenticAMD", "intel": b"GenuineIntel"}
 SEV_EAX_SEV = 1 << 1
 SEV_EAX_SEV_ES = 1 << 3
 SEV_EAX_SEV_SNP = 1 << 4
+#: Widths a guest can have; 0: it does not say.
+LINEAR_BITS = frozenset({0, 48, 57})
 _ENTRY_BYTES = KVM_CPUID_ENTRY2.size_bytes
 _HEADER_BYTES = KVM_CPUID2.size_bytes
 
@@ -265,12 +267,24 @@ def set_cpuid2(vcpu: Vcpu, call: Call) -> int:
     return 0
 
 
+def _linear_bits(table: bytes) -> int:
+    """What leaf 0x80000008 says; 0 without it."""
+    get = KVM_CPUID_ENTRY2.get
+    for at in range(0, len(table), _ENTRY_BYTES):
+        entry = table[at : at + _ENTRY_BYTES]
+        if get(entry, "function") == 0x80000008:
+            return get(entry, "eax") >> 8 & 0xFF
+    return 0
+
+
 def set_table(vcpu: Vcpu, table: bytes) -> None:
     """Set the table; after the first run only the same one, without effect.
 
     Raises:
-        KvmError: EINVAL.
+        KvmError: EINVAL, also for linear addresses of another width than 48 or 57 bits.
     """
+    if _linear_bits(table) not in LINEAR_BITS:
+        raise KvmError(EINVAL, "width of linear addresses")
     if not vcpu.has_run:
         vcpu.cpuid = table
         vcpu.cpuid_changed()

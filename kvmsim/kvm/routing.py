@@ -128,12 +128,11 @@ def irqfd(vm: Vm, call: Call) -> int:
         _eventfd(call, wire[0])
         irqfds.pop(wire, None)
         return 0
-    if flags & KVM_IRQFD_FLAG_RESAMPLE and not irqchip.of(vm).full:
-        raise KvmError(EINVAL, "resampling needs interrupt controllers in the kernel")
-    if wire[1] >= caps.KVM_MAX_IRQ_ROUTES:
-        raise KvmError(EINVAL, f"GSI {wire[1]}")
+    resample = bool(flags & KVM_IRQFD_FLAG_RESAMPLE)
+    if not (irqchip.of(vm).full if resample else vm.irqchip):
+        raise KvmError(EINVAL, "no interrupt controllers in the kernel to wire it to")
     _eventfd(call, wire[0])
-    if flags & KVM_IRQFD_FLAG_RESAMPLE:
+    if resample:
         _eventfd(call, get(data, "resamplefd"))
     if any(fd == wire[0] for fd, _ in irqfds):
         raise KvmError(EBUSY, "the eventfd is wired already")

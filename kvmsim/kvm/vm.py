@@ -19,7 +19,7 @@ from kvmsim.abi.ioctls import (
 )
 from kvmsim.abi.structs import KVM_ENABLE_CAP as ENABLE_CAP_STRUCT
 from kvmsim.errors import KvmError
-from kvmsim.kvm import clock, irqchip, protected, sev
+from kvmsim.kvm import clock, guest_memfd, irqchip, protected, sev
 from kvmsim.kvm.dispatch import ENABLERS, VmFile, handles
 from kvmsim.kvm.memslots import SlotMemory
 from kvmsim.kvm.vcpu import Vcpu
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from kvmsim.kvm.system import System
     from kvmsim.kvm.vcpu import VcpuStatistics
     from kvmsim.sev.keys import Key
+
+
+#: Worth something only for VM types with memory that user space cannot reach (Linux 6.12).
+PRIVATE_MEMORY_CAPS = (caps.KVM_CAP_GUEST_MEMFD, caps.KVM_CAP_MEMORY_ATTRIBUTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +183,9 @@ class Vm(VmFile):
     # -- capabilities ----------------------------------------------------------------------
 
     def check_extension(self, cap: int) -> int:
-        """KVM_CHECK_EXTENSION: as on the system descriptor, less what encrypted registers take."""
+        """KVM_CHECK_EXTENSION: as on the system descriptor, less what the VM's type lacks."""
+        if cap in PRIVATE_MEMORY_CAPS and not guest_memfd.has_private_memory(self):
+            return 0
         if cap == caps.KVM_CAP_SYNC_REGS and protected.has_protected_state(self):
             return 0
         return self.system.check_extension(cap)
