@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from kvmsim.interpose.cgroup_calls import CgroupCalls
+from kvmsim.interpose.errors import Unavailable
 from kvmsim.interpose.launch import Command, launch
 from kvmsim.interpose.notify import Listener
 from kvmsim.interpose.supervisor import Supervisor
@@ -114,14 +115,21 @@ async def supervise(
     _allow_many_descriptors()
     stall_ns = emulated.system.machine.bus_lock_stall_ns
     loop = RunLoop(Timeline(emulated.limiter, bus_lock_stall_ns=stall_ns))
-    supervisor = Supervisor(
-        Listener(launched.listener),
-        {identity: files[name] for identity, name in launched.devices.items()},
-        loop,
-        engine=emulated.engine,
-        tap=emulated.tap,
-        other_calls=other_calls,
-    )
+    listener = Listener(launched.listener)
+    try:
+        supervisor = Supervisor(
+            listener,
+            {identity: files[name] for identity, name in launched.devices.items()},
+            loop,
+            engine=emulated.engine,
+            tap=emulated.tap,
+            other_calls=other_calls,
+        )
+    except OSError as error:
+        os.kill(launched.pid, signal.SIGKILL)
+        listener.close()
+        os.waitpid(launched.pid, 0)  # noqa: ASYNC222 - nothing else is going on
+        raise Unavailable(f"cannot watch the client's descriptors: {error.strerror}") from error
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)

@@ -5,9 +5,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
+
+from kvmsim.interpose import Unavailable, libc
 
 SUPERVISE = Path(__file__).parent / "supervise.py"
 
@@ -42,6 +45,33 @@ def test_termination_of_the_supervisor_reaches_the_client(compiled):
         assert supervisor.wait() == 128 + signal.SIGTERM
         with pytest.raises(ProcessLookupError):
             os.kill(client, 0)
+
+
+def test_stopped_client_leaves_kvm_run_and_stops(compiled):
+    command = [sys.executable, SUPERVISE, compiled("orphan"), "runs"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor:
+        client = int(supervisor.stdout.readline().split()[1])
+        time.sleep(0.05)
+        os.kill(client, signal.SIGSTOP)
+        deadline = time.monotonic() + 10
+        while state_of(client) != "T":
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(client, signal.SIGCONT)
+        assert supervisor.stdout.read() == f"errno {errno.EINTR}\n"
+
+
+def state_of(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_user_without_inotify_left_is_told(halted, monkeypatch):
+    def no_more():
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(libc, "inotify_init", no_more)
+    with pytest.raises(Unavailable, match=r"^cannot watch the client's descriptors: Too many"):
+        halted.run("sleep", "100")
 
 
 def test_traced_client_is_refused_with_its_reason(tmp_path):
