@@ -19,9 +19,9 @@ from kvmsim.interpose import libc, maps, memory
 if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import KvmFile
 
-FRESH_NS: Final = 50_000
+FRESH_NS: Final = 100_000
 """For how long after a call a thread is taken to execute the same program: to execute another one
-takes Linux several times as long."""
+takes Linux longer."""
 
 MAX_THREADS: Final = 4096
 """Threads remembered; beyond that the oldest are looked up again."""
