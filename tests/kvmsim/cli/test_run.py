@@ -74,13 +74,10 @@ def until(condition, seconds=5):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(
-    ("command", "status"),
-    [(("true",), 0), (("sh", "-c", "exit 3"), 3), (("sh", "-c", "kill -TERM $$"), 143)],
-)
-def test_exit_status_is_the_programs(shell, trapping, command, status):
-    done = shell.kvmsim("run", "--", *command)
-    assert (done.returncode, done.stderr) == (status, "")
+def test_exit_status_is_the_programs(shell, trapping):
+    for script, status in (("exit 3", 3), ("kill -TERM $$", 143)):
+        done = shell.kvmsim("run", "--", "sh", "-c", script)
+        assert (done.returncode, done.stderr) == (status, "")
 
 
 def test_options_of_the_program_are_its_own(shell, trapping):
@@ -88,32 +85,51 @@ def test_options_of_the_program_are_its_own(shell, trapping):
     assert (done.returncode, done.stdout) == (0, "--trace -h\n")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "line"),
-    [
-        (("--", "./nothing"), 127, "./nothing: No such file or directory"),
-        (("--", "/etc/passwd"), 126, "/etc/passwd: Permission denied"),
-        (("--cgroup", "/nowhere", "--", "true"), 69, "no cgroup /nowhere below"),
-        (("--guest", "script:none", "--", "true"), 69, "cannot read none: No such file"),
-        (("--guest", "idle", "--", "true"), 64, '--guest idle: not "script:" and a file'),
-        (("--trace", "no/dir", "--", "true"), 69, "cannot write no/dir: No such file"),
-        (("--passthrough", "--cgroup", "/", "--", "true"), 64, "--passthrough has no host"),
-        (("--answer-cap", "1=2", "--", "true"), 64, "--answer-cap goes with --passthrough"),
-        (("--passthrough", "--answer-cap", "x", "--", "true"), 64, "--answer-cap x: not a number"),
-        (("--host", "/tmp", "--", "true"), 69, "/tmp: no host runs here"),
-    ],
+# What cannot be run: arguments, exit code, how the line begins.
+REFUSALS = (
+    (("--", "./nothing"), 127, "./nothing: No such file or directory"),
+    (("--", "/etc/passwd"), 126, "/etc/passwd: Permission denied"),
+    (("--cgroup", "/nowhere", "--", "true"), 69, "no cgroup /nowhere below"),
+    (("--guest", "script:none", "--", "true"), 69, "cannot read none: No such file"),
+    (("--guest", "idle", "--", "true"), 64, '--guest idle: not "script:" and a file'),
+    (("--trace", "no/dir", "--", "true"), 69, "cannot write no/dir: No such file"),
+    (("--passthrough", "--cgroup", "/", "--", "true"), 64, "--passthrough has no host"),
+    (("--answer-cap", "1=2", "--", "true"), 64, "--answer-cap goes with --passthrough"),
+    (("--passthrough", "--answer-cap", "x", "--", "true"), 64, "--answer-cap x: not a number"),
+    (("--host", "/tmp", "--", "true"), 69, "/tmp: no host runs here"),
 )
-def test_what_cannot_be_run_is_one_line(shell, trapping, arguments, status, line):
-    done = shell.kvmsim("run", *arguments)
-    assert (done.returncode, done.stdout) == (status, "")
-    assert done.stderr.startswith(f"kvmsim: {line}")
-    assert done.stderr.count("\n") == 1
+
+
+def test_what_cannot_be_run_is_one_line(shell, trapping):
+    for arguments, status, line in REFUSALS:
+        done = shell.kvmsim("run", *arguments)
+        assert (done.returncode, done.stdout) == (status, ""), arguments
+        assert done.stderr.startswith(f"kvmsim: {line}")
+        assert done.stderr.count("\n") == 1
 
 
 def test_without_a_host_there_is_no_client(shell):
     done = shell.kvmsim("run", "--", "true")
     assert done.returncode == os.EX_UNAVAILABLE
     assert done.stderr == "kvmsim: no host runs; start one with: kvmsim up DIR\n"
+
+
+def test_client_of_a_client_is_refused(shell, trapping):
+    done = shell.kvmsim("run", "--", "kvmsim", "run", "--", "true")
+    assert done.returncode == os.EX_UNAVAILABLE
+    assert done.stderr.startswith("kvmsim: this process is already under a seccomp listener")
+    assert done.stderr.count("\n") == 1
+
+
+def test_ordinary_user_runs_clients_on_a_host_of_their_own(ordinary, fuse):
+    script = (
+        "kvmsim up host --preset lab-amd || exit; kvmsim run --cgroup / -- id -u; echo $?;"
+        " kvmsim down host"
+    )
+    done = ordinary.run("sh", "-c", script)
+    if "kvmsim: cannot give the client" in done.stderr:
+        pytest.skip(done.stderr)
+    assert (done.stdout, done.stderr) == ("65534\n0\n", "")
 
 
 def test_client_starts_in_its_cgroup_and_is_charged_there(clients, cgroup):
@@ -387,25 +403,49 @@ def test_client_of_a_killed_host_gets_eio_and_does_not_hang(shell, clients, cgro
     assert shell.kvmsim("down", "host").returncode == 0
 
 
-def test_clients_killed_at_random_points_leave_no_charge(shell, clients, cgroup):
-    chance = random.Random(4)
-    code = (
-        "import fcntl, os\nkvm = os.open('/dev/kvm', 2)\nwhile True:\n"
-        " vm = fcntl.ioctl(kvm, 0xae01, 0)\n fcntl.ioctl(vm, 0xc008aeba, bytearray(24))\n"
-        " os.close(vm)\n"
-    )
-    for _ in range(6):
-        command = ["kvmsim", "run", "--cgroup", "/a", "--", sys.executable, "-c", code]
-        running = subprocess.Popen(command, cwd=shell.home, env=shell.environment)
+CHURN = """
+import fcntl, os
+kvm = os.open("/dev/kvm", 2)
+while True:
+    vm = fcntl.ioctl(kvm, 0xAE01, 0)
+    fcntl.ioctl(vm, 0xC008AEBA, bytearray(24))
+    os.close(vm)
+"""
+
+
+@pytest.fixture
+def churning(shell, cgroup):
+    """Starts a client in /a that makes encrypted VMs without pause; its supervisor and its pid."""
+    started = []
+
+    def start():
+        command = ["kvmsim", "run", "--cgroup", "/a", "--", sys.executable, "-c", CHURN]
+        supervisor = subprocess.Popen(
+            command, cwd=shell.home, env=shell.environment, stderr=subprocess.DEVNULL
+        )
+        started.append(supervisor)
         procs = cgroup / "a/cgroup.procs"
         until(procs.read_text)
+        return supervisor, int(procs.read_text().split()[0])
+
+    yield start
+    for supervisor in started:
+        supervisor.kill()
+        supervisor.wait()
+
+
+@pytest.mark.parametrize("victim", ["client", "supervisor"])
+def test_what_is_killed_at_a_random_point_leaves_no_charge(shell, cgroup, churning, victim):
+    chance = random.Random(4)
+    for _ in range(5):
+        supervisor, client = churning()
         time.sleep(0.05 + chance.random() / 10)
-        for pid in map(int, procs.read_text().split()):
-            os.kill(pid, signal.SIGKILL)
-        assert running.wait(timeout=20) == 137
-        assert sev(cgroup / "a") == 0
-    statistics = json.loads(shell.kvmsim("info", "--json").stdout)
-    assert statistics["resources"]["sev"]["used"] == 0
+        os.kill(client if victim == "client" else supervisor.pid, signal.SIGKILL)
+        assert supervisor.wait(timeout=20) == (137 if victim == "client" else -9)
+        until(lambda: sev(cgroup / "a") == 0)
+        until(lambda: not (cgroup / "a/cgroup.procs").read_text())
+    info = json.loads(shell.kvmsim("info", "--json").stdout)
+    assert info["resources"]["sev"]["used"] == info["vms"] == 0
 
 
 def test_supervisor_leaves_no_process_and_no_descriptor_behind(shell, clients):
