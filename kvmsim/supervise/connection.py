@@ -24,7 +24,7 @@ from cgfs.control.protocol import LineBuffer, Notice, Request, decode_news, enco
 from kvmsim.errors import KvmError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from cgfs.control.protocol import Reply
@@ -163,8 +163,7 @@ class HostConnection:
     def poll(self) -> None:
         """Receive what is there and deliver it, without waiting."""
         if not self.lost:
-            for _ in self._received(socket.MSG_DONTWAIT):
-                pass
+            self._received(socket.MSG_DONTWAIT)
         self.deliver()
         if self.lost:
             while self.on_lost:
@@ -175,30 +174,32 @@ class HostConnection:
             await trio.lowlevel.wait_readable(self._socket)
             self.poll()
 
-    def _received(self, flags: int) -> Iterator[Reply]:
+    def _received(self, flags: int) -> list[Reply]:
         """Receive something; keep the notices, give out the replies."""
+        replies: list[Reply] = []
         try:
             data = self._socket.recv(_RECEIVE_BYTES, flags)
         except OSError as error:
             if flags and isinstance(error, BlockingIOError):
-                return
+                return replies
             data = b""  # without MSG_DONTWAIT, EAGAIN is the end of our patience
         if not data:
             self._lose()
-            return
-        for line in self._lines.feed(data):
-            try:
-                news = decode_news(line)
-            except CommandError:
-                self._lose()
-                return
+            return replies
+        try:
+            arrived = [decode_news(line) for line in self._lines.feed(data)]
+        except CommandError:
+            self._lose()
+            return replies
+        for news in arrived:
             if isinstance(news, Notice):
                 self._notices.append(news)
                 self._news.set()
             elif news.problem is not None and not news.id:
                 log.warning("the host says: %s", news.problem.message)
             else:
-                yield news
+                replies.append(news)
+        return replies
 
     def _lose(self) -> None:
         if not self.lost:
