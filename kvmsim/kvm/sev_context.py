@@ -6,13 +6,14 @@ takes the guest out of a VM, which is dead from then on; the charge goes along::
     A (ASID 3, charged to /x)     move to B, the caller in /x     the charge is B's
                                   move to B, the caller in /y     /y is charged, then /x uncharged
 
-Calls do not overlap here, so the EBUSY of two that meet, and EINTR, cannot happen. Source: Linux
-6.12 ``sev_vm_copy_enc_context_from``, ``sev_vm_move_enc_context_from``.
+Calls do not overlap here, so the EBUSY of two that meet, and EINTR, cannot happen. MODEL: where
+Linux waits for vCPUs to leave KVM_RUN, a move is EBUSY. Source: Linux 6.12
+``sev_vm_copy_enc_context_from``, ``sev_vm_move_enc_context_from``.
 """
 
 from __future__ import annotations
 
-from errno import EBADF, EINVAL
+from errno import EBADF, EBUSY, EINVAL
 from typing import TYPE_CHECKING
 
 from kvmsim.abi import caps
@@ -58,7 +59,7 @@ def move_from(vm: Vm, enable: KvmEnableCap, client: Client) -> int:
 
     Raises:
         KvmError: EBADF, no VM descriptor; EINVAL, the two do not fit; EBUSY, the caller's cgroup
-            cannot take the charge.
+            cannot take the charge, or a vCPU is in KVM_RUN.
     """
     source = _source(vm, enable, client)
     unusable = not source.sev_active or source.vm_type == caps.KVM_X86_SNP_VM
@@ -107,7 +108,9 @@ def _charge(source: Vm, pid: int) -> AsidCharge | None:
 
 
 def _check_vcpus(vm: Vm, source: Vm) -> None:
-    """An SEV-ES guest takes its vCPUs along, one by one."""
+    """Nobody runs, and an SEV-ES guest takes its vCPUs along, one by one."""
+    if any(vcpu.phase for vcpu in (*vm.vcpus.values(), *source.vcpus.values())):
+        raise KvmError(EBUSY, "a vCPU is in KVM_RUN")
     if not source.es_active:
         return
     if len(vm.vcpus) != len(source.vcpus):

@@ -1,4 +1,4 @@
-from errno import EBADF, EBUSY, EINVAL, EIO
+from errno import EBADF, EBUSY, EINTR, EINVAL, EIO
 
 import pytest
 
@@ -218,6 +218,17 @@ def test_move_of_an_es_guest_takes_its_registers_along(vmm):
 
 def test_move_of_a_plain_sev_guest_does_not_look_at_vcpus(vmm):
     assert vmm.move(vmm.create(vcpus=3), vmm.guest(vcpus=1)) == 0
+
+
+@pytest.mark.parametrize("running", ["source", "target"])
+def test_move_while_a_vcpu_runs_is_ebusy(vmm, accounting, running):
+    vms = {"source": vmm.legacy(es=False, vcpus=1), "target": vmm.create(0, vcpus=1)}
+    vcpu = vms[running].vcpus[0]
+    assert vcpu.kvm_run(0) is not None
+    assert vmm.move(vms["target"], vms["source"]) == EBUSY
+    assert accounting.charged == {"sev": 1}
+    assert vmm.errno(vcpu.interrupt, 0) == EINTR
+    assert vmm.move(vms["target"], vms["source"]) == 0
 
 
 @pytest.mark.parametrize(("quirk", "errno"), [("true", EINVAL), ("false", 0)])
