@@ -18,8 +18,8 @@ HEAD = """\
 # The KVM ABI
 
 What a client finds behind `/dev/kvm`: requests by the kind of descriptor they are for,
-capabilities, registers, exits and structures. Numbers are those of x86-64 Linux; the tests compare them with the
-machine's own `<linux/kvm.h>`.
+capabilities, registers, exits and structures. Numbers are those of x86-64 Linux; the tests compare
+them with the machine's own `<linux/kvm.h>`.
 
 A request that is not served fails as on a kernel without the feature: `EINVAL` on the system and
 vCPU descriptors, `ENOTTY` on a VM's. Callers from another address space than the VM's creator get
@@ -100,7 +100,7 @@ def _capabilities() -> str:
     )
     note = (
         "The values are those of a plain machine of 8 processors. Bus lock detection (193) is "
-        "worth 3 and the VM types (235) more where the preset says so; what is not listed is worth 0.\n"
+        "worth 3 and the VM types (235) more where the preset says so; others are worth 0.\n"
     )
     columns = ("number", "capability", "value", "enabling it on a VM")
     return _table("Capabilities", columns, rows) + "\n" + note

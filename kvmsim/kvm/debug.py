@@ -33,6 +33,7 @@ from kvmsim.errors import KvmError
 from kvmsim.kvm import capabilities, events, exits, protected
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.events import DB_VECTOR
+from kvmsim.kvm.protected import refuse_protected
 
 if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import Call
@@ -212,15 +213,10 @@ def apply_payload(vcpu: Vcpu, exception: QueuedException) -> None:
 # -- ioctls --------------------------------------------------------------------------------------
 
 
-def _refuse_protected(vcpu: Vcpu) -> None:
-    if vcpu.state_protected:
-        raise KvmError(EINVAL, "the guest's registers are encrypted")
-
-
 @handles(VcpuFile, KVM_GET_DEBUGREGS)
 def get_debugregs(vcpu: Vcpu, call: Call) -> int:
     """Copy the debug registers out. Without KVM_CAP_EXCEPTION_PAYLOAD a pending #DB shows."""
-    _refuse_protected(vcpu)
+    refuse_protected(vcpu)
     debug = of(vcpu)
     if not capabilities.of(vcpu.vm).exception_payload:
         apply_payload(vcpu, events.of(vcpu).exception)
@@ -234,7 +230,7 @@ def get_debugregs(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_DEBUGREGS)
 def set_debugregs(vcpu: Vcpu, call: Call) -> int:
     """Take debug registers over. The fixed bits of DR6 are not applied (kvm.md B.1)."""
-    _refuse_protected(vcpu)
+    refuse_protected(vcpu)
     data = call.read(KVM_DEBUGREGS.size_bytes)
     dr6, dr7 = KVM_DEBUGREGS.get(data, "dr6"), KVM_DEBUGREGS.get(data, "dr7")
     if KVM_DEBUGREGS.get(data, "flags") or dr6 > U32_MAX or dr7 > U32_MAX:

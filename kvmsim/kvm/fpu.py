@@ -22,6 +22,7 @@ from kvmsim.abi.regs import KVM_FPU, KVM_MAX_XCRS, KVM_XCRS, KVM_XSAVE
 from kvmsim.errors import KvmError
 from kvmsim.kvm import cpuid
 from kvmsim.kvm.dispatch import VcpuFile, handles, state_of
+from kvmsim.kvm.protected import refuse_protected
 
 if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import Call
@@ -65,15 +66,10 @@ def of(vcpu: Vcpu) -> Fpu:
     return state_of(vcpu, Fpu)
 
 
-def _refuse_protected(vcpu: Vcpu) -> None:
-    if vcpu.state_protected:
-        raise KvmError(EINVAL, "the guest's registers are encrypted")
-
-
 @handles(VcpuFile, KVM_GET_FPU)
 def get_fpu(vcpu: Vcpu, call: Call) -> int:
     """Copy x87 and SSE registers out."""
-    _refuse_protected(vcpu)
+    refuse_protected(vcpu)
     area = of(vcpu).area
     data = KVM_FPU.pack()
     data[0:128] = area[ST_SPACE : ST_SPACE + 128]
@@ -88,7 +84,7 @@ def get_fpu(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_FPU)
 def set_fpu(vcpu: Vcpu, call: Call) -> int:
     """Take x87 and SSE registers over; MXCSR stays (6.12 copies all but that)."""
-    _refuse_protected(vcpu)
+    refuse_protected(vcpu)
     data = call.read(KVM_FPU.size_bytes)
     area = of(vcpu).area
     area[ST_SPACE : ST_SPACE + 128] = data[0:128]
@@ -100,7 +96,7 @@ def set_fpu(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_GET_XSAVE)
 def get_xsave(vcpu: Vcpu, call: Call) -> int:
     """Copy the XSAVE area out: x87, SSE, and what the guest's CPUID shows besides."""
-    _refuse_protected(vcpu)
+    refuse_protected(vcpu)
     area = bytearray(of(vcpu).area)
     shown = cpuid.guest_xcr0(vcpu) | XCR0_X87 | XCR0_SSE
     (xstate_bv,) = unpack_from("<Q", area, XSTATE_BV)
@@ -120,7 +116,7 @@ def get_xsave2(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_XSAVE)
 def set_xsave(vcpu: Vcpu, call: Call) -> int:
     """Take an XSAVE area over; only components the host has, and no compacted format."""
-    _refuse_protected(vcpu)
+    refuse_protected(vcpu)
     data = bytearray(call.read(KVM_XSAVE.size_bytes))
     xstate_bv, xcomp_bv = unpack_from("<QQ", data, XSTATE_BV)
     (mxcsr,) = unpack_from("<I", data, 24)
@@ -135,7 +131,7 @@ def set_xsave(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_GET_XCRS)
 def get_xcrs(vcpu: Vcpu, call: Call) -> int:
     """Copy XCR0 out; there is no other."""
-    _refuse_protected(vcpu)
+    refuse_protected(vcpu)
     data = KVM_XCRS.pack(nr_xcrs=1)
     KVM_XCRS.put(data, "xcrs", of(vcpu).xcr0, 1)
     call.write(data)
@@ -145,7 +141,7 @@ def get_xcrs(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_XCRS)
 def set_xcrs(vcpu: Vcpu, call: Call) -> int:
     """Take XCR0 over; the first entry that names it counts."""
-    _refuse_protected(vcpu)
+    refuse_protected(vcpu)
     data = call.read(KVM_XCRS.size_bytes)
     count = KVM_XCRS.get(data, "nr_xcrs")
     if count > KVM_MAX_XCRS or KVM_XCRS.get(data, "flags"):

@@ -38,6 +38,7 @@ from kvmsim.abi.regs import (
 from kvmsim.errors import KvmError
 from kvmsim.kvm import cpuid, events, vcpu_events
 from kvmsim.kvm.dispatch import VcpuFile, handles, state_of
+from kvmsim.kvm.protected import refuse_protected
 
 if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import Call
@@ -226,15 +227,10 @@ def _unpack_common(vcpu: Vcpu, data: bytes) -> None:
         vcpu.cr8 = get(data, "cr8")
 
 
-def _refuse_protected(vcpu: Vcpu) -> None:
-    if vcpu.state_protected:
-        raise KvmError(EINVAL, "the guest's registers are encrypted")
-
-
 @handles(VcpuFile, KVM_GET_SREGS)
 def get_sregs(vcpu: Vcpu, call: Call) -> int:
     """Copy the special registers out."""
-    _refuse_protected(vcpu)
+    refuse_protected(vcpu)
     call.write(pack(vcpu))
     return 0
 
@@ -242,7 +238,7 @@ def get_sregs(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_SREGS)
 def set_sregs(vcpu: Vcpu, call: Call) -> int:
     """Take special registers over."""
-    _refuse_protected(vcpu)
+    refuse_protected(vcpu)
     unpack(vcpu, call.read(KVM_SREGS.size_bytes))
     return 0
 
@@ -250,7 +246,7 @@ def set_sregs(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_GET_SREGS2)
 def get_sregs2(vcpu: Vcpu, call: Call) -> int:
     """Copy the special registers out, with the page directory pointers of PAE paging."""
-    _refuse_protected(vcpu)
+    refuse_protected(vcpu)
     data = _pack_common(vcpu) + bytes(KVM_SREGS2.size_bytes - SREGS_COMMON_BYTES)
     sregs = of(vcpu)
     if sregs.pae_paging and sregs.pdptrs is not None:
@@ -264,7 +260,7 @@ def get_sregs2(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_SREGS2)
 def set_sregs2(vcpu: Vcpu, call: Call) -> int:
     """Take special registers over; page directory pointers only for a guest with PAE paging."""
-    _refuse_protected(vcpu)
+    refuse_protected(vcpu)
     data = call.read(KVM_SREGS2.size_bytes)
     get = KVM_SREGS2.get
     flags = get(data, "flags")

@@ -51,7 +51,7 @@ def paging(vcpu: Vcpu) -> Paging | None:
     cr3, cr4 = registers.get("cr3"), registers.get("cr4")
     if registers.get("efer") & EFER_LMA:
         levels = 5 if cr4 & CR4_LA57 else 4
-        return Paging(cr3 & ADDRESS_MASK, levels, 8, 9, (1, 2))
+        return Paging(cr3 & _address_mask(vcpu), levels, 8, 9, (1, 2))
     if cr4 & CR4_PAE:
         return Paging(cr3 & 0xFFFFFFE0, 3, 8, 9, (1,))
     return Paging(cr3 & 0xFFFFF000, 2, 4, 10, (1,) if cr4 & CR4_PSE else ())
