@@ -33,7 +33,6 @@ from kvmsim.errors import KvmError
 from kvmsim.kvm import capabilities, events, exits, protected
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.events import DB_VECTOR
-from kvmsim.kvm.protected import refuse_protected
 
 if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import Call
@@ -216,7 +215,7 @@ def apply_payload(vcpu: Vcpu, exception: QueuedException) -> None:
 @handles(VcpuFile, KVM_GET_DEBUGREGS)
 def get_debugregs(vcpu: Vcpu, call: Call) -> int:
     """Copy the debug registers out. Without KVM_CAP_EXCEPTION_PAYLOAD a pending #DB shows."""
-    refuse_protected(vcpu)
+    protected.refuse(vcpu)
     debug = of(vcpu)
     if not capabilities.of(vcpu.vm).exception_payload:
         apply_payload(vcpu, events.of(vcpu).exception)
@@ -230,7 +229,7 @@ def get_debugregs(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_DEBUGREGS)
 def set_debugregs(vcpu: Vcpu, call: Call) -> int:
     """Take debug registers over. The fixed bits of DR6 are not applied (kvm.md B.1)."""
-    refuse_protected(vcpu)
+    protected.refuse(vcpu)
     data = call.read(KVM_DEBUGREGS.size_bytes)
     dr6, dr7 = KVM_DEBUGREGS.get(data, "dr6"), KVM_DEBUGREGS.get(data, "dr7")
     if KVM_DEBUGREGS.get(data, "flags") or dr6 > U32_MAX or dr7 > U32_MAX:

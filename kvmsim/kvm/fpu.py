@@ -20,9 +20,8 @@ from kvmsim.abi.ioctls import (
 )
 from kvmsim.abi.regs import KVM_FPU, KVM_MAX_XCRS, KVM_XCRS, KVM_XSAVE
 from kvmsim.errors import KvmError
-from kvmsim.kvm import cpuid
+from kvmsim.kvm import cpuid, protected
 from kvmsim.kvm.dispatch import VcpuFile, handles, state_of
-from kvmsim.kvm.protected import refuse_protected
 
 if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import Call
@@ -69,7 +68,7 @@ def of(vcpu: Vcpu) -> Fpu:
 @handles(VcpuFile, KVM_GET_FPU)
 def get_fpu(vcpu: Vcpu, call: Call) -> int:
     """Copy x87 and SSE registers out."""
-    refuse_protected(vcpu)
+    protected.refuse(vcpu)
     area = of(vcpu).area
     data = KVM_FPU.pack()
     data[0:128] = area[ST_SPACE : ST_SPACE + 128]
@@ -84,7 +83,7 @@ def get_fpu(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_FPU)
 def set_fpu(vcpu: Vcpu, call: Call) -> int:
     """Take x87 and SSE registers over; MXCSR stays (6.12 copies all but that)."""
-    refuse_protected(vcpu)
+    protected.refuse(vcpu)
     data = call.read(KVM_FPU.size_bytes)
     area = of(vcpu).area
     area[ST_SPACE : ST_SPACE + 128] = data[0:128]
@@ -96,7 +95,7 @@ def set_fpu(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_GET_XSAVE)
 def get_xsave(vcpu: Vcpu, call: Call) -> int:
     """Copy the XSAVE area out: x87, SSE, and what the guest's CPUID shows besides."""
-    refuse_protected(vcpu)
+    protected.refuse(vcpu)
     area = bytearray(of(vcpu).area)
     shown = cpuid.guest_xcr0(vcpu) | XCR0_X87 | XCR0_SSE
     (xstate_bv,) = unpack_from("<Q", area, XSTATE_BV)
@@ -116,7 +115,7 @@ def get_xsave2(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_XSAVE)
 def set_xsave(vcpu: Vcpu, call: Call) -> int:
     """Take an XSAVE area over; only components the host has, and no compacted format."""
-    refuse_protected(vcpu)
+    protected.refuse(vcpu)
     data = bytearray(call.read(KVM_XSAVE.size_bytes))
     xstate_bv, xcomp_bv = unpack_from("<QQ", data, XSTATE_BV)
     (mxcsr,) = unpack_from("<I", data, 24)
@@ -131,7 +130,7 @@ def set_xsave(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_GET_XCRS)
 def get_xcrs(vcpu: Vcpu, call: Call) -> int:
     """Copy XCR0 out; there is no other."""
-    refuse_protected(vcpu)
+    protected.refuse(vcpu)
     data = KVM_XCRS.pack(nr_xcrs=1)
     KVM_XCRS.put(data, "xcrs", of(vcpu).xcr0, 1)
     call.write(data)
@@ -141,7 +140,7 @@ def get_xcrs(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_XCRS)
 def set_xcrs(vcpu: Vcpu, call: Call) -> int:
     """Take XCR0 over; the first entry that names it counts."""
-    refuse_protected(vcpu)
+    protected.refuse(vcpu)
     data = call.read(KVM_XCRS.size_bytes)
     count = KVM_XCRS.get(data, "nr_xcrs")
     if count > KVM_MAX_XCRS or KVM_XCRS.get(data, "flags"):

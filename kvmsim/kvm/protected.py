@@ -58,16 +58,6 @@ def has_protected_state(vm: Vm) -> bool:
     return vm.vm_type in {caps.KVM_X86_SEV_ES_VM, caps.KVM_X86_SNP_VM}
 
 
-def refuse_protected(vcpu: Vcpu) -> None:
-    """Refuse to read or set the registers of a vCPU that has lost them to encryption.
-
-    Raises:
-        KvmError: EINVAL.
-    """
-    if vcpu.state_protected:
-        raise KvmError(EINVAL, "the guest's registers are encrypted")
-
-
 def protect(vcpu: Vcpu) -> None:
     """The VMSA was measured."""
     state_of(vcpu, Vmsa).exists = True

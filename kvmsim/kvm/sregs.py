@@ -36,9 +36,8 @@ from kvmsim.abi.regs import (
     SREGS_COMMON_BYTES,
 )
 from kvmsim.errors import KvmError
-from kvmsim.kvm import cpuid, events, vcpu_events
+from kvmsim.kvm import cpuid, events, protected, vcpu_events
 from kvmsim.kvm.dispatch import VcpuFile, handles, state_of
-from kvmsim.kvm.protected import refuse_protected
 
 if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import Call
@@ -230,7 +229,7 @@ def _unpack_common(vcpu: Vcpu, data: bytes) -> None:
 @handles(VcpuFile, KVM_GET_SREGS)
 def get_sregs(vcpu: Vcpu, call: Call) -> int:
     """Copy the special registers out."""
-    refuse_protected(vcpu)
+    protected.refuse(vcpu)
     call.write(pack(vcpu))
     return 0
 
@@ -238,7 +237,7 @@ def get_sregs(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_SREGS)
 def set_sregs(vcpu: Vcpu, call: Call) -> int:
     """Take special registers over."""
-    refuse_protected(vcpu)
+    protected.refuse(vcpu)
     unpack(vcpu, call.read(KVM_SREGS.size_bytes))
     return 0
 
@@ -246,7 +245,7 @@ def set_sregs(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_GET_SREGS2)
 def get_sregs2(vcpu: Vcpu, call: Call) -> int:
     """Copy the special registers out, with the page directory pointers of PAE paging."""
-    refuse_protected(vcpu)
+    protected.refuse(vcpu)
     data = _pack_common(vcpu) + bytes(KVM_SREGS2.size_bytes - SREGS_COMMON_BYTES)
     sregs = of(vcpu)
     if sregs.pae_paging and sregs.pdptrs is not None:
@@ -260,7 +259,7 @@ def get_sregs2(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_SREGS2)
 def set_sregs2(vcpu: Vcpu, call: Call) -> int:
     """Take special registers over; page directory pointers only for a guest with PAE paging."""
-    refuse_protected(vcpu)
+    protected.refuse(vcpu)
     data = call.read(KVM_SREGS2.size_bytes)
     get = KVM_SREGS2.get
     flags = get(data, "flags")

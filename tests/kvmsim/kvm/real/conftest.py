@@ -95,6 +95,10 @@ class Real:
         """The number of a descriptor, for structures that contain one."""
         return file
 
+    def eventfd(self):
+        """The number of a descriptor that is none of KVM's."""
+        return self.keep(os.eventfd(0))
+
     def content(self, file):
         return os.pread(file, 1 << 20, 0)
 
@@ -144,6 +148,9 @@ class Emulated:
 
     def fd(self, file):
         return self.system.creator.install(file)
+
+    def eventfd(self):
+        return self.system.creator.install(None)
 
     def content(self, file):
         return file.content()

@@ -1,4 +1,4 @@
-from errno import E2BIG, EFAULT, EINTR
+from errno import E2BIG, EFAULT, EINTR, EINVAL
 
 import pytest
 
@@ -61,3 +61,10 @@ def test_older_form_becomes_the_newer(world, vcpu):
 def test_row_102_too_many_or_null(world, vcpu, request_number):
     assert world.ioctl(vcpu, request_number, table(nent=257)) == (-1, E2BIG)
     assert world.ioctl(vcpu, request_number, 0) == (-1, EFAULT)
+
+
+@pytest.mark.parametrize(("bits", "errno"), [(0, 0), (48, 0), (57, 0), (47, EINVAL), (64, EINVAL)])
+def test_width_of_linear_addresses(world, vcpu, bits, errno):
+    data = table({"function": 0x80000008, "eax": bits << 8 | 48})
+    answer = (-1, errno) if errno else DONE
+    assert world.ioctl(vcpu, ioctls.KVM_SET_CPUID2, data) == answer
