@@ -210,14 +210,15 @@ class Clients:
     def caller(self, thread: Thread, instruction_pointer: int, now_ns: int) -> Process:
         """The process of a thread, checked to execute what it did at its last call.
 
+        Needed again ``FRESH_NS`` after the last check.
+
         Raises:
             OSError: it has ended.
         """
         process = thread.process
-        if now_ns - thread.checked_ns >= FRESH_NS:
-            if not process.is_current(instruction_pointer):
-                process = thread.process = self._look_up(_tgid(thread.directory))
-            thread.checked_ns = now_ns
+        if not process.is_current(instruction_pointer):
+            process = thread.process = self._look_up(_tgid(thread.directory))
+        thread.checked_ns = now_ns
         process.thread = thread
         return process
 

@@ -130,9 +130,11 @@ async def supervise(
         listener.close()
         os.waitpid(launched.pid, 0)  # noqa: ASYNC222 - nothing else is going on
         raise Unavailable(f"cannot watch the client's descriptors: {error.strerror}") from error
+    ended: list[int] = []
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
+            nursery.start_soon(_reap, launched, ended)
             await nursery.start(_forward_signals, launched.pid)
             if emulated.beside is not None:
                 nursery.start_soon(emulated.beside, supervisor)
@@ -141,10 +143,19 @@ async def supervise(
             nursery.cancel_scope.cancel()
     finally:
         supervisor.close()
-    # Over already, or the filter would still be in use.
-    _, status = os.waitpid(launched.pid, 0)  # noqa: ASYNC222
-    code = os.waitstatus_to_exitcode(status)
+    if not ended:  # at this very moment, or its filter would still be in use
+        ended.append(os.waitpid(launched.pid, 0)[1])  # noqa: ASYNC222
+    code = os.waitstatus_to_exitcode(ended[0])
     return code if code >= 0 else 128 - code
+
+
+async def _reap(launched: Launched, ended: list[int]) -> None:
+    """Take the program's status as soon as it ends; its children go on.
+
+    Before Linux 6.11 a task that nobody has waited for keeps its filter in use.
+    """
+    await trio.lowlevel.wait_readable(launched.pidfd)
+    ended.append(os.waitpid(launched.pid, 0)[1])  # noqa: ASYNC222
 
 
 async def _forward_signals(

@@ -19,16 +19,16 @@ from kvmsim.abi.ioctls import KVM_CREATE_VM, KVM_RUN
 from kvmsim.abi.run import MMAP_SIZE_BYTES
 from kvmsim.errors import KvmError
 from kvmsim.interpose.client_memory import share
-from kvmsim.interpose.clients import Clients
+from kvmsim.interpose.clients import FRESH_NS, Clients
 from kvmsim.interpose.descriptors import Descriptors
 from kvmsim.interpose.filter import NR_IOCTL
 from kvmsim.interpose.remap import Remap
-from kvmsim.interpose.runs import IDLE, LAST_LOOK_NS, Run
+from kvmsim.interpose.runs import LAST_LOOK_NS, Run
 from kvmsim.interpose.signals import pending
 from kvmsim.kvm.devsev import SevFile
 from kvmsim.kvm.dispatch import KvmFile
 from kvmsim.kvm.page import KvmRun
-from kvmsim.kvm.run import InGuest
+from kvmsim.kvm.run import OUT, InGuest
 from kvmsim.kvm.system import System
 from kvmsim.kvm.vcpu import Vcpu
 from kvmsim.kvm.vm import Vm
@@ -238,9 +238,8 @@ class Supervisor:
         if file is None:
             self.listener.go_on(number)
             return
-        run = self._runs.get(file) if type(file) is Vcpu else None
-        if run is not None and run.phase != IDLE:
-            run.waiting.append(notification)
+        if type(file) is Vcpu and file.phase != OUT:
+            self._runs[file].waiting.append(notification)
             return
         self._carry_out(notification, thread, file, request & _LOW32, arg)
 
@@ -252,8 +251,9 @@ class Supervisor:
             return None
         identity = (status.st_dev, status.st_ino)
         file = self.descriptors.find(identity)
-        if file is None:
-            file = self._devices.get(identity)
+        if file is not None:
+            return file
+        file = self._devices.get(identity)
         if isinstance(file, SevFile):
             return file.opened(writable=_is_writable(thread, fd))
         return file
@@ -336,6 +336,9 @@ class Supervisor:
         # With nobody waiting there is nothing to catch up on.
         waiting = request == KVM_RUN and (self._parked or self._limited)
         now_ns = self.loop.catch_up() if waiting else self.loop.now_ns()
+        if now_ns - thread.checked_ns < FRESH_NS:
+            thread.process.thread = thread
+            return thread.process, now_ns
         return self.clients.caller(thread, pointer, now_ns), now_ns
 
     def memory_of_caller(self, address: int, size_bytes: int) -> ClientMemory:
