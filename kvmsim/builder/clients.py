@@ -55,6 +55,9 @@ SETTLE_S = 0.1
 """How long supervisors may take to give back what has been closed; a stopped one never does."""
 
 
+MAX_PROGRAM = 64
+"""Characters of a program's name that are kept."""
+
 CHARGE_FILES = ("misc.", "encryption_ids.")
 """Files that show charges begin so."""
 
@@ -131,7 +134,7 @@ class ClientSession:
         on_close: called with the session when it has given everything back.
 
     Attributes:
-        program: as given.
+        program: as given, fit to be shown.
         peer: as given.
         vms: what it has reported of its VMs.
     """
@@ -144,7 +147,7 @@ class ClientSession:
         notify: Notify,
         on_close: Callable[[ClientSession], object],
     ) -> None:
-        self.program = program
+        self.program = "".join(c if c.isprintable() else "?" for c in program[:MAX_PROGRAM])
         self.peer = peer
         self.vms = ClientVms(host, self)
         self._host = host

@@ -283,6 +283,8 @@ def test_signal_interrupts_a_throttled_guest(clients, cgroup, locking):
     client("vm", "buslock", "vcpu", "run 2", "alarm 0.05")
     assert client("run") == ["EINTR", 10]
     assert counts(cgroup / "a/bus_lock.stat")["nr_throttled"] == 1
+    client("close")  # what it owed is dropped
+    until(lambda: counts(cgroup / "a/bus_lock.stat")["nr_cancelled"] == 1)
 
 
 def test_frozen_client_stands_still_even_when_throttled(clients, cgroup, locking):
