@@ -142,6 +142,8 @@ def valid_efer(vcpu: Vcpu, efer: int) -> bool:
 
 def valid_cr4(vcpu: Vcpu, cr4: int) -> bool:
     """Whether CR4 can hold a value: what the host has and, once it is set, the guest's CPUID."""
+    if not cr4 & ~CR4_ALWAYS:
+        return True
     host = vcpu.vm.system.supported_cpuid
     known = CR4_ALWAYS
     for bit, (function, register, index) in CR4_FEATURES.items():
@@ -170,6 +172,8 @@ def valid(vcpu: Vcpu, data: bytes) -> bool:
 
 def valid_apic_base(vcpu: Vcpu, value: int) -> bool:
     """Whether the APIC base can hold a value; x2APIC without the APIC enabled is no mode."""
+    if value == vcpu.apic_base:
+        return True
     reserved = APIC_BASE_RESERVED | -1 << cpuid.guest_physical_bits(vcpu)
     if not cpuid.guest_register(vcpu, 1, "ecx") >> 21 & 1:
         reserved |= APIC_X2APIC
