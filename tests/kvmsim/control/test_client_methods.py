@@ -95,7 +95,7 @@ async def test_end_of_a_connection_ends_its_session(host, call):
 
 
 async def test_before_attaching_nothing_can_be_asked(call):
-    with pytest.raises(CommandError, match="^not attached$") as caught:
+    with pytest.raises(CommandError, match=r"^not attached$") as caught:
         await call(Connection(), "client.follow", Process(1))
     assert (caught.value.exit_code, caught.value.errno) == (os.EX_PROTOCOL, EIO)
 
@@ -103,7 +103,7 @@ async def test_before_attaching_nothing_can_be_asked(call):
 async def test_nobody_attaches_twice(host, call):
     connection = Connection()
     await call(connection, "client.attach", Attach("x"))
-    with pytest.raises(CommandError, match="^attached already$"):
+    with pytest.raises(CommandError, match=r"^attached already$"):
         await call(connection, "client.attach", Attach("x"))
     assert len(host.sessions) == 1
 
