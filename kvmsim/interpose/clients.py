@@ -165,7 +165,7 @@ class Process:
             alive = True
         if alive and self._sharer is not None:
             # Its own program shows only in that it no longer shares its parent's memory.
-            return libc.same_address_space(self.pid, self._sharer.pid)
+            return libc.same_address_space(self.thread.number, self._sharer.thread.number)
         return alive
 
     def close(self) -> None:
@@ -200,7 +200,7 @@ class Clients:
             self._make_room()
         directory = os.open(f"/proc/{number}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            process = self._look_up(_tgid(directory))
+            process = self._look_up(number, directory)
         except BaseException:
             os.close(directory)
             raise
@@ -217,7 +217,7 @@ class Clients:
         """
         process = thread.process
         if not process.is_current(instruction_pointer):
-            process = thread.process = self._look_up(_tgid(thread.directory))
+            process = thread.process = self._look_up(thread.number, thread.directory)
         thread.checked_ns = now_ns
         process.thread = thread
         return process
@@ -237,11 +237,13 @@ class Clients:
             process.close()
         self._processes.clear()
 
-    def _look_up(self, pid: int) -> Process:
+    def _look_up(self, number: int, directory: int) -> Process:
+        """The process of a thread. Its first thread may have ended before the others."""
+        pid = _tgid(directory)
         known = self._processes.get(pid)
         if known is not None and known.is_current(0):
             return known
-        mem = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        mem = os.open("mem", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
         if known is not None:
             known.close()
             del self._processes[pid]
@@ -250,7 +252,7 @@ class Clients:
             (
                 other
                 for other in self._processes.values()
-                if libc.same_address_space(pid, other.pid)
+                if libc.same_address_space(number, other.thread.number)
             ),
             None,
         )

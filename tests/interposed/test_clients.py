@@ -48,6 +48,11 @@ def test_children_that_outlive_the_program_are_served(halted, compiled, capfd):
     assert halted.run("sh", "-c", script) == 4
 
 
+def test_threads_go_on_after_the_first_one_has_ended(halted, compiled, capfd):
+    status = halted.run(compiled("leader"))
+    assert (capfd.readouterr().out, status) == ("went on\n", 6)
+
+
 def test_program_that_does_not_exist_is_reported(halted):
     with pytest.raises(CommandNotRun, match=r"^/no/such/program: No such file or directory$"):
         halted.run("/no/such/program")
