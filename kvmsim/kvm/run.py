@@ -20,7 +20,9 @@ from errno import EAGAIN, EINTR, EINVAL, EIO
 from typing import TYPE_CHECKING
 
 from kvmsim.abi.caps import (
+    KVM_MP_STATE_AP_RESET_HOLD,
     KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_INIT_RECEIVED,
     KVM_MP_STATE_RUNNABLE,
     KVM_MP_STATE_UNINITIALIZED,
 )
@@ -103,6 +105,13 @@ WAIT_SIPI = 3
 QUEUED = 4  # for admission of a bus lock
 READY = 5  # woken or admitted; resume() goes on
 SIPI = 6  # started; resume() returns EAGAIN
+
+#: Multiprocessing states that a SIPI ends.
+WAIT_FOR_SIPI = (
+    KVM_MP_STATE_UNINITIALIZED,
+    KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_AP_RESET_HOLD,
+)
 
 PHASES = ("user", "guest", "halted", "wait-sipi", "throttled", "ready", "ready")
 
@@ -242,11 +251,11 @@ def wake(vcpu: Vcpu, now_ns: int) -> None:
 
 def sipi(vcpu: Vcpu, now_ns: int) -> None:
     """Start an application processor. Nothing, if it is not waiting for that."""
-    if vcpu.mp_state != KVM_MP_STATE_UNINITIALIZED:
+    if vcpu.mp_state not in WAIT_FOR_SIPI:
         return
     vcpu.mp_state = KVM_MP_STATE_RUNNABLE
-    if vcpu.phase == WAIT_SIPI:
-        vcpu.phase = SIPI
+    if vcpu.phase in {WAIT_SIPI, HALTED}:
+        vcpu.phase = SIPI if vcpu.phase == WAIT_SIPI else READY
         if vcpu.on_wake is not None:
             vcpu.on_wake(vcpu, now_ns)
 
@@ -264,7 +273,7 @@ def admitted(vcpu: Vcpu, now_ns: int) -> None:
 
 def enter(vcpu: Vcpu, now_ns: int) -> Blocked | None:
     """Get into the guest: past a halt, past the limiter, up to the next stop."""
-    if vcpu.mp_state == KVM_MP_STATE_HALTED:
+    if vcpu.mp_state:  # halted, or reset and waiting for its SIPI
         vcpu.phase = HALTED
         wake_at_ns = vcpu.wake_at_ns
         return Halted(None if wake_at_ns is None else max(0, wake_at_ns - now_ns))

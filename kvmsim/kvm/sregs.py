@@ -131,6 +131,13 @@ def linear_rip(vcpu: Vcpu) -> int:
     return (vcpu.rip + sregs.get("cs.base")) & 0xFFFF_FFFF
 
 
+def start_at(vcpu: Vcpu, vector: int) -> None:
+    """A SIPI: real mode code at page ``vector``."""
+    sregs = of(vcpu)
+    sregs.put("cs.selector", vector << 8 & 0xFFFF)
+    sregs.put("cs.base", vector << 12 & 0xFF000)
+
+
 # -- rules ---------------------------------------------------------------------------------------
 
 

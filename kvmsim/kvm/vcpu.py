@@ -21,7 +21,7 @@ from kvmsim.abi.structs import KVM_ENABLE_CAP as ENABLE_CAP_STRUCT
 from kvmsim.abi.structs import KVM_MP_STATE, KVM_REGS
 from kvmsim.engine.base import Parked
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, irqchip, protected, run
+from kvmsim.kvm import bus_lock, events, irqchip, protected, run, sregs
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import KvmRun
 
@@ -40,6 +40,9 @@ RESET_RFLAGS = 0x2
 APIC_BASE = 0xFEE00800
 APIC_BASE_BSP = 0x100
 SIGSET_BYTES = 8
+MP_STATES = frozenset(
+    {*range(caps.KVM_MP_STATE_SIPI_RECEIVED + 1), caps.KVM_MP_STATE_AP_RESET_HOLD}
+)
 
 _PARKED = Parked()
 
@@ -249,11 +252,14 @@ class Vcpu(VcpuFile):
         Raises:
             KvmError: EINVAL, a state that does not exist, or one without an in-kernel APIC.
         """
-        known = caps.KVM_MP_STATE_RUNNABLE <= state <= caps.KVM_MP_STATE_SIPI_RECEIVED
-        if not known or (state != caps.KVM_MP_STATE_RUNNABLE and not self.vm.irqchip):
+        if state not in MP_STATES or (state and not self.vm.irqchip):
             raise KvmError(EINVAL, f"mp_state {state}")
-        if state == caps.KVM_MP_STATE_HALTED:
-            self.wake_at_ns = None
+        self.wake_at_ns = None
+        if state == caps.KVM_MP_STATE_SIPI_RECEIVED:
+            # Nobody stays there: KVM starts the processor at once.
+            self.rip = 0
+            sregs.start_at(self, events.of(self).sipi_vector)
+            state = caps.KVM_MP_STATE_RUNNABLE
         self.mp_state = state
 
     # -- end and statistics ----------------------------------------------------------------

@@ -4,8 +4,11 @@ import pytest
 
 from kvmsim.abi import ioctls
 from kvmsim.abi.regs import KVM_SREGS, KVM_SREGS2
+from kvmsim.engine.base import Hlt
+from kvmsim.engine.scripted import Scripted
 from kvmsim.errors import KvmError
-from kvmsim.kvm import cpuid, protected, sregs
+from kvmsim.kvm import cpuid, events, protected, sregs
+from kvmsim.kvm.run import Halted, InGuest
 
 SEV_ES = 'vendor = "amd"\n[sev]\nmax-asid = 9\nmin-sev-asid = 5\n'
 PE, PG, PAE = 1, 1 << 31, 1 << 5
@@ -106,3 +109,27 @@ def test_encrypted_registers_are_user_spaces_no_more(kvm, request_number, size_b
     with pytest.raises(KvmError) as error:
         vcpu.ioctl(request_number, bytearray(size_bytes))
     assert error.value.errno == EINVAL
+
+
+def test_startup_message_starts_real_mode_code_at_its_page(kvm):
+    vm = kvm().create_vm(0, 1)
+    vm.create_irqchip()
+    vcpu = vm.create_vcpu(1)
+    events.of(vcpu).sipi_vector = 0x9A
+    vcpu.set_mp_state(4)
+    assert (vcpu.mp_state, vcpu.rip) == (0, 0)
+    assert [sregs.of(vcpu).get(f"cs.{name}") for name in ("selector", "base")] == [0x9A00, 0x9A000]
+
+
+@pytest.mark.parametrize("state", [2, 9])
+def test_processor_that_was_reset_waits_inside_the_run_for_its_startup(kvm, state):
+    vm = kvm().create_vm(0, 1)
+    vm.create_irqchip()
+    vcpu = vm.create_vcpu(0)
+    vcpu.engine = Scripted([Hlt()], 1)
+    vcpu.set_mp_state(state)
+    assert isinstance(vcpu.kvm_run(0), Halted)
+    vcpu.wake(0)
+    assert vcpu.statistics().phase == "halted"
+    vcpu.sipi(0)
+    assert isinstance(vcpu.resume(0), InGuest)

@@ -259,3 +259,25 @@ def test_access_reports(world, vcpu):
     assert world.ioctl(vcpu, ioctls.KVM_TPR_ACCESS_REPORTING, bytearray(b"\1" + bytes(39))) == DONE
     flags = bytearray(b"\1\0\0\0\1" + bytes(35))
     assert world.ioctl(vcpu, ioctls.KVM_TPR_ACCESS_REPORTING, flags) == INVALID
+
+
+@pytest.mark.parametrize(
+    ("state", "answer", "read_back"),
+    [
+        (0, DONE, 0),
+        (1, DONE, 1),
+        (2, DONE, 2),
+        (3, DONE, 3),
+        (4, DONE, 0),
+        (5, INVALID, 0),
+        (8, INVALID, 0),
+        (9, DONE, 9),
+        (10, INVALID, 0),
+    ],
+)
+def test_row_66_states_of_a_vcpu_with_an_apic(world, chips, state, answer, read_back):
+    vcpu = world.make(chips, ioctls.KVM_CREATE_VCPU)
+    data = bytearray(state.to_bytes(4, "little"))
+    assert world.ioctl(vcpu, ioctls.KVM_SET_MP_STATE, data) == answer
+    world.ioctl(vcpu, ioctls.KVM_GET_MP_STATE, data)
+    assert data[0] == read_back
