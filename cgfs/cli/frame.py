@@ -34,7 +34,9 @@ class LazyGroup(click.Group):
         subcommands: Mapping[str, str],
         hidden_subcommands: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(name, help=help, context_settings={"help_option_names": ["-h", "--help"]})
+        names = {"help_option_names": ["-h", "--help"]}
+        # A missing command is a failure like any other: one line.
+        super().__init__(name, help=help, no_args_is_help=False, context_settings=names)
         self.subcommands = {**subcommands, **(hidden_subcommands or {})}
         self._shown = sorted(subcommands)
 

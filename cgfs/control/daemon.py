@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from cgfs.control.errors import CommandError
+from cgfs.control.errors import CommandError, from_oserror
 from cgfs.control.protocol import LineBuffer, Problem
 from cgfs.control.runtime_dir import open_log
 
@@ -127,15 +127,29 @@ def _run(serve: Callable[[Readiness], None], readiness: Readiness) -> int:
     try:
         serve(readiness)
     except CommandError as failure:
-        print(failure.message, file=sys.stderr)  # noqa: T201 - standard error is the log
+        _log(failure.message)
         readiness.failed(failure)
         return failure.exit_code
     except BaseException as error:  # the last chance to say what happened
-        traceback.print_exc()
-        last = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-        readiness.failed(CommandError(f"internal error: {last}", os.EX_SOFTWARE))
-        return os.EX_SOFTWARE
+        _log(traceback.format_exc())
+        unexpected = _unexpected(error)
+        readiness.failed(unexpected)
+        return unexpected.exit_code
     return os.EX_OK
+
+
+def _log(text: str) -> None:
+    """Writes to standard error, which is the log; its disk may be full."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)  # noqa: T201 - logging may not be set up yet
+
+
+def _unexpected(error: BaseException) -> CommandError:
+    """What to tell of an error that nobody has put into words."""
+    if isinstance(error, OSError) and error.errno:
+        return from_oserror(error, str(error.filename or "system error"))
+    last = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    return CommandError(f"internal error: {last}", os.EX_SOFTWARE)
 
 
 def _redirect(log: int) -> None:

@@ -35,6 +35,8 @@ class CommandError(Exception):
 
 def errno_word(number: int) -> str:
     """The symbol of an errno, ``EBUSY``; its number where Linux has no symbol."""
+    if number == errno_names.EOPNOTSUPP:
+        return "EOPNOTSUPP"  # Python says ENOTSUP, which the C library has for the same number
     return errno_names.errorcode.get(number, str(number))
 
 

@@ -88,9 +88,17 @@ def launch(
     with ExitStack() as lock:
         lock.enter_context(runtime.locked())
         place = prepare(directory, DOWN[kind], nonempty=nonempty)
-        # What a server that died has left, with its mount cleared by somebody else.
-        thaw_recorded(runtime.frozen(place.directory), os.geteuid())
-        runtime.remove(place.directory)
+        before = runtime.read(place.directory)
+        if before is not None and before.created:
+            # Made for a server that died; it goes with this one.
+            place = Place(place.directory, created=True)
+        try:
+            # What a server that died has left, with its mount cleared by somebody else.
+            thaw_recorded(runtime.frozen(place.directory), os.geteuid())
+            runtime.remove(place.directory)
+        except OSError:
+            place.abandon()
+            raise
         if foreground:
             readiness = Readiness(when_ready=lock.close)
             _serve(serve, Launch(kind, place, runtime, readiness, None))

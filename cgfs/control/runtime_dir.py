@@ -21,6 +21,8 @@ from cgfs.control.errors import CommandError, from_oserror
 
 NAME = "kvmsim"
 OVERRIDE = "KVMSIM_RUNTIME_DIR"
+KEY_DIGITS = 16
+SOCKET_PATH_BYTES = 107  # sun_path of unix(7), less its final NUL
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -68,7 +70,7 @@ def candidates(uid: int, environment: dict[str, str]) -> list[Path]:
     ``KVMSIM_RUNTIME_DIR`` is the only place if it is set: for whoever must not meet other hosts.
     """
     if chosen := environment.get(OVERRIDE):
-        return [Path(chosen)]
+        return [Path(chosen).absolute()]  # a server in the background is in another directory
     base = environment.get("XDG_RUNTIME_DIR", "")
     places = [Path(base) / NAME] if base.startswith("/") else []
     places.append(Path("/run") / NAME if uid == 0 else Path(f"/tmp/{NAME}-{uid}"))
@@ -134,11 +136,18 @@ class RuntimeDir:
         return sorted((e for e in entries if e), key=lambda e: (e.started, e.directory))
 
     def write(self, entry: Entry) -> None:
-        """Registers a mount, in one step for whoever reads."""
+        """Registers a mount, in one step for whoever reads.
+
+        Raises:
+            CommandError: it cannot be written.
+        """
         path = self._file(Path(entry.directory), ".json")
         new = path.with_suffix(".new")
-        new.write_bytes(msgspec.json.encode(entry))
-        new.replace(path)
+        try:
+            new.write_bytes(msgspec.json.encode(entry))
+            new.replace(path)
+        except OSError as error:  # write(2) does not say which file it was
+            raise from_oserror(error, str(path)) from error
 
     def remove(self, directory: Path) -> None:
         """Forgets a mount: everything that is kept for it."""
@@ -158,7 +167,7 @@ class RuntimeDir:
             os.close(descriptor)
 
     def _file(self, directory: Path, suffix: str) -> Path:
-        digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
+        digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:KEY_DIGITS]
         return self.path / f"{digest}{suffix}"
 
 
@@ -182,6 +191,8 @@ def _read(path: Path) -> Entry | None:
 
 
 def _make_private(path: Path) -> None:
+    if len(os.fsencode(path)) + len("/.sock") + KEY_DIGITS > SOCKET_PATH_BYTES:
+        raise CommandError("too long for the path of a socket")
     parent = path.parent.stat()
     # A session directory kept in the environment across su belongs to somebody else.
     if parent.st_uid != os.geteuid() and not parent.st_mode & stat.S_ISVTX:

@@ -199,7 +199,7 @@ class BusLock(Controller):
             on=On.NON_ROOT,
             kind=Kind.LIVE,
             doc="Here and below: bus locks admitted, those that had to wait, microseconds of all "
-            "waits that ended, those dropped with their vCPU while they waited.",
+            "waits that ended, those dropped with their vCPU before they were admitted.",
         ),
         CFType(
             "bus_lock.events",
@@ -265,13 +265,16 @@ class BusLock(Controller):
         """
         return self._tree is not None and self._tree.withdraw(waiter, now_ns)
 
-    def cancel(self, waiter: Waiter, now_ns: int) -> bool:
-        """Drop a waiter's event for good, queued or owed; counts in ``nr_cancelled``.
+    def cancel(self, waiter: Waiter, css: BusLockCss, now_ns: int) -> bool:
+        """Drop a waiter's event for good: queued, owed, or still to be asked for.
+
+        It counts in ``nr_cancelled`` where it waited; in ``css``, where the waiter's task is, if
+        it never did.
 
         Returns:
-            False if there was none.
+            False if it was admitted at this very moment.
         """
-        return self._tree is not None and self._tree.cancel(waiter, now_ns)
+        return css.budget.tree.cancel(waiter, now_ns, css.budget)
 
     def move(self, waiter: Waiter, css: BusLockCss, now_ns: int) -> None:
         """The waiter's task is in another cgroup: what it waits for or owes goes there."""

@@ -332,17 +332,25 @@ class BudgetTree(Generic[OwnerT]):
         self.owed[waiter] = budget
         return True
 
-    def cancel(self, waiter: Waiter, now_ns: int) -> bool:
+    def cancel(self, waiter: Waiter, now_ns: int, budget: Budget[OwnerT] | None = None) -> bool:
         """Drop the waiter's event, queued or owed: it is not charged but counted as cancelled.
 
+        Args:
+            waiter: whose event.
+            now_ns: when.
+            budget: where an event counts that was still to be asked for; None: there is no such.
+
         Returns:
-            False if there was no such event.
+            False if there was no such event (it may have been admitted just before).
         """
+        was_waiting = waiter in self._waiting
         self.pump(now_ns)
-        budget = self._leave(waiter, now_ns) or self.owed.pop(waiter, None)
-        if budget is None:
+        at = self._leave(waiter, now_ns) or self.owed.pop(waiter, None)
+        if at is None and not was_waiting:
+            at = budget
+        if at is None:
             return False
-        for node in budget.path:
+        for node in at.path:
             node.nr_cancelled += 1
         return True
 

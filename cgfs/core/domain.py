@@ -146,10 +146,13 @@ def vet_destination(dst: Cgroup) -> None:
     if dst.hierarchy.version == 1:
         return
     if not is_valid_domain(dst.dom):
-        raise CgroupError(EOPNOTSUPP)
+        shown = f'cgroup.type "{type_of(dst)}"'
+        raise CgroupError(EOPNOTSUPP, f"cgroup {dst.path} takes no processes: {shown}")
     if not dst.subtree_control or is_threaded(dst) or can_be_thread_root(dst):
         return
-    raise CgroupError(EBUSY)
+    names = [name for name in dst.hierarchy.controllers if name in dst.subtree_control]
+    shown = f'cgroup.subtree_control "{" ".join(names)}"'
+    raise CgroupError(EBUSY, f"cgroup {dst.path} takes no processes: {shown}")
 
 
 def vet_enable(cgrp: Cgroup, names: Iterable[str]) -> None:

@@ -88,14 +88,14 @@ CORE_FILES = (
         show=_procs_show,
         write=_procs_write,
         kind=Kind.LIVE,
-        doc="v1: process ids, ascending; write one to move it, 0 for the writer.",
+        doc="v1: Process ids, ascending; write one to move it, 0 for the writer.",
     ),
     CFType(
         "tasks",
         show=_tasks_show,
         write=_tasks_write,
         kind=Kind.LIVE,
-        doc="v1: thread ids, ascending; write one to move that thread.",
+        doc="v1: Thread ids, ascending; write one to move that thread.",
     ),
     CFType(
         "cgroup.clone_children",
@@ -114,7 +114,7 @@ CORE_FILES = (
         "cgroup.sane_behavior",
         show=_sane_show,
         on=On.ROOT,
-        doc="v1: always 0.",
+        doc="v1: Always 0.",
     ),
     CFType(
         "release_agent",
@@ -122,6 +122,6 @@ CORE_FILES = (
         write=_agent_write,
         on=On.ROOT,
         max_write=PAGE_SIZE - 1,
-        doc="v1: program to run with the path of a cgroup that became unused.",
+        doc="v1: Program to run with the path of a cgroup that became unused.",
     ),
 )

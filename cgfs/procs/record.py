@@ -7,6 +7,7 @@ process's start time in clock ticks since boot (field 22 of /proc/PID/stat); the
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from cgfs.procs.forks import ForkSource
     from cgfs.procs.processes import Members
+
+log = logging.getLogger(__name__)
 
 
 class RecordedProcesses(RealProcesses):
@@ -74,8 +77,12 @@ class RecordedProcesses(RealProcesses):
 
     def _write(self, line: str) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        descriptor = os.open(self._record, flags, 0o600)
         try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(self._record, flags, 0o600)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            # A full disk must not stop the freezer; only the help after a crash is less.
+            log.warning("%s, which lists the frozen processes: %s", self._record, error.strerror)

@@ -173,11 +173,12 @@ class Host:
             raise CommandError("the name is taken")
         process = VmProcess(request, self._cgroup(request.cgroup, caller_pid), self.roots)
         try:
-            self._boot(process, request, engines or self._guest(request))
+            vmm = self._boot(process, request, engines or self._guest(request))
         except BaseException:
             process.exit(self.timeline.now_ns)
             raise
         self.vms[request.name] = process
+        process.run(vmm, self.timeline.now_ns)
         log.info("vm %s started in cgroup %s", request.name, process.cgroup)
         return process.snapshot(self.timeline.now_ns)
 
@@ -190,7 +191,7 @@ class Host:
         seed = self.seed if request.seed is None else request.seed
         return lambda vcpu: guest.engine(vcpu_stream(seed, request.name, vcpu))
 
-    def _boot(self, process: VmProcess, request: StartVm, engines: Engines) -> None:
+    def _boot(self, process: VmProcess, request: StartVm, engines: Engines) -> Vmm:
         vm_type = self._vm_type(request.type)
         vmm = Vmm(
             request.name,
@@ -207,7 +208,7 @@ class Host:
             vmm.stop(self.timeline.now_ns)
             raise
         vmm.on_stopped = self._stopped
-        process.run(vmm, self.timeline.now_ns)
+        return vmm
 
     def vmm(self, name: str) -> Vmm:
         """The VMM of a running VM; KeyError if there is none of that name."""

@@ -29,6 +29,7 @@ class VmProcess:
         self._task: Task | None = None
         self._vmm: Vmm | None = None
         self._frozen = False
+        self._killed = False
         self._started_ns = 0
 
     @property
@@ -55,8 +56,11 @@ class VmProcess:
         return self._task.pid
 
     def run(self, vmm: Vmm, now_ns: int) -> None:
-        """The VM is made; its vCPUs go, unless the cgroup is frozen."""
+        """The VM is made; its vCPUs go, unless the cgroup is frozen or has killed the process."""
         self._vmm = vmm
+        if self._killed:
+            vmm.killed(now_ns)
+            return
         if self._frozen:
             vmm.frozen(frozen=True, now_ns=now_ns)
         vmm.start(now_ns)
@@ -70,7 +74,8 @@ class VmProcess:
     # -- what a cgroup does to its members (cgfs TaskOwner) --------------------------------------
 
     def killed(self, now_ns: int) -> None:
-        """SIGKILL; the VM gives everything back."""
+        """SIGKILL; the VM gives everything back, one that is being made once it is."""
+        self._killed = True
         if self._vmm is not None:
             self._vmm.killed(now_ns)
 
@@ -115,4 +120,5 @@ class VmProcess:
                 )
                 for thread in vmm.threads
             ],
+            error=vmm.error,
         )

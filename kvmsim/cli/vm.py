@@ -15,7 +15,7 @@ TYPES = ("default", "sev", "sev-es", "snp", "tdx")
 COLUMNS = ("NAME", "TYPE", "STATE", "CGROUP", "PID", "ASID", "VCPUS", "BUS LOCKS", "UPTIME")
 
 
-@click.group("vm", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("vm", no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 def vm_group() -> None:
     """Start, stop and look at emulated virtual machines."""
 
@@ -57,8 +57,18 @@ def start_command(
 ) -> None:
     """Start a VM called NAME.
 
-    Guests: "idle", or "buslock rate=5000" which takes 5000 bus locks a second on each vCPU.
-    """
+    Guests, with rates a second on each vCPU:
+
+    \b
+      idle                          halts
+      busy                          computes, without an exit
+      buslock rate=5000             computes and takes bus locks
+      mixed buslock=100 io=50 mmio=20 hlt=10
+                                    one or several of these
+
+    The last two also take jitter=none (periodic; else poisson), cpl=0 to 3 (of the code
+    that locks; else 3) and sleep=MS (how long a halt lasts; else 1).
+    """  # noqa: D301 - click wants the control character
     if not name or "/" in name or any(not c.isprintable() for c in name):
         raise CommandError(f"vm {name!r}: not a name", os.EX_USAGE)
     request = StartVm(name, vm_type, cgroup, guest, vcpus, bus_lock_ratelimit, seed)
@@ -134,7 +144,7 @@ def _details(vm: VmSnapshot) -> list[tuple[str, str]]:
     return [
         ("name", vm.name),
         ("type", vm.type),
-        ("state", vm.state),
+        ("state", f"{vm.state}: {vm.error}" if vm.error else vm.state),
         ("cgroup", vm.cgroup),
         ("pid", str(vm.pid)),
         ("asid", "none" if vm.asid is None else str(vm.asid)),

@@ -4,7 +4,12 @@ Commands print the results with ``--json`` as they are, so a field is part of th
 interface: renaming one is a change for users.
 """
 
+from typing import Annotated
+
 import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Nothing(msgspec.Struct, frozen=True):
@@ -28,8 +33,8 @@ class StartVm(msgspec.Struct, frozen=True):
     type: str = "default"
     cgroup: str | None = None
     guest: str = "idle"
-    vcpus: int = 1
-    bus_lock_ratelimit: int = 0
+    vcpus: Positive = 1
+    bus_lock_ratelimit: Count = 0
     seed: int | None = None
 
 
@@ -57,7 +62,7 @@ class VmSnapshot(msgspec.Struct, frozen=True):
         type: as it was started.
         pid: emulated process that owns it; it is in ``cgroup.procs``.
         cgroup: where that process is at present.
-        state: ``running``, ``frozen`` or ``stopped``.
+        state: ``frozen``, or as QEMU names it: ``running``, ``internal-error``.
         asid: address space id; None for a VM without one.
         guest: what the guest does.
         uptime_ns: host time since it started.
@@ -67,6 +72,7 @@ class VmSnapshot(msgspec.Struct, frozen=True):
         throttled_ns: vCPU time spent waiting in the kernel for ``bus_lock.max``.
         ratelimit_ns: vCPU time spent sleeping in the VMM for ``bus_lock_ratelimit``.
         vcpus: one snapshot each.
+        error: why it is in ``internal-error``; empty otherwise.
     """
 
     name: str
@@ -83,6 +89,7 @@ class VmSnapshot(msgspec.Struct, frozen=True):
     throttled_ns: int
     ratelimit_ns: int
     vcpus: list[VcpuSnapshot]
+    error: str = ""
 
 
 class Resource(msgspec.Struct, frozen=True):

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 MAX_RATE = 10_000_000
 """Stops per second; beyond that a stop would take longer than the gap before it."""
 
+MIN_RATE = 1e-9
+"""One stop in some thirty years; a gap that no number holds would end the whole host."""
+
 IO_PORT = 0x3F8
 MMIO_GPA = 0xFED0_0000
 
@@ -236,8 +239,8 @@ def _with_rates(words: list[str], kind_of: dict[str, str]) -> GuestSpec:
 
 
 def _rate(word: str, value: str) -> float:
-    if not _NUMBER.fullmatch(value) or not 0 < float(value) <= MAX_RATE:
-        raise ConfigError(f"{word}: not a rate above 0 and up to {MAX_RATE} per second")
+    if not _NUMBER.fullmatch(value) or not MIN_RATE <= float(value) <= MAX_RATE:
+        raise ConfigError(f"{word}: not a rate from {MIN_RATE:.9f} to {MAX_RATE} per second")
     return float(value)
 
 

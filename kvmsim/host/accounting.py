@@ -57,8 +57,8 @@ class BusLockQueues(Protocol):
     def withdraw(self, waiter: Waiter, now_ns: int) -> bool:
         """Take a waiter out of its queue; its event stays owed."""
 
-    def cancel(self, waiter: Waiter, now_ns: int) -> bool:
-        """Drop a waiter's event, queued or owed."""
+    def cancel(self, waiter: Waiter, css: BusLockState, now_ns: int) -> bool:
+        """Drop a waiter's event, queued, owed, or still to be asked for."""
 
     def move(self, waiter: Waiter, css: BusLockState, now_ns: int) -> None:
         """Queue a waiter elsewhere: its task moved."""
@@ -116,8 +116,8 @@ class Accounting(Protocol):
     def bus_lock_withdraw(self, waiter: Waiter, now_ns: int) -> None:
         """A wait was interrupted: leave the queue. The event stays owed and is asked for again."""
 
-    def bus_lock_cancel(self, waiter: Waiter, now_ns: int) -> None:
-        """The vCPU is gone: drop its event, queued or owed. Nothing is charged."""
+    def bus_lock_cancel(self, pid: int, waiter: Waiter, now_ns: int) -> None:
+        """The vCPU is gone: drop its event, asked for or not. Nothing is charged."""
 
     def bus_lock_moved(self, pid: int, waiter: Waiter, now_ns: int) -> None:
         """The process of a queued waiter is in another cgroup now."""
@@ -190,10 +190,10 @@ class CgroupAccounting:
         if self._limiter is not None:
             self._limiter.withdraw(waiter, now_ns)
 
-    def bus_lock_cancel(self, waiter: Waiter, now_ns: int) -> None:
+    def bus_lock_cancel(self, pid: int, waiter: Waiter, now_ns: int) -> None:
         """See :meth:`Accounting.bus_lock_cancel`."""
         if self._limiter is not None:
-            self._limiter.cancel(waiter, now_ns)
+            self._limiter.cancel(waiter, self._state(pid), now_ns)
 
     def bus_lock_moved(self, pid: int, waiter: Waiter, now_ns: int) -> None:
         """See :meth:`Accounting.bus_lock_moved`."""

@@ -38,7 +38,8 @@ class BusLockTable(
             or before it (AMD's bus lock threshold).
         detect: bus lock #DB, CPUID.(7,0):ECX[24].
         split_lock_detect: split lock #AC.
-        stall_cycles: for how many cycles one bus lock stalls every other CPU.
+        stall_cycles: for how many cycles one bus lock stalls every other CPU; some 7000 by Linux
+            Documentation/arch/x86/buslock.rst.
     """
 
     exit: Literal["none", "trap", "fault"] = "none"

@@ -20,6 +20,7 @@ from kvmsim.abi.exits import Exit
 from kvmsim.abi.ioctls import KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, KVM_SET_GUEST_DEBUG
 from kvmsim.abi.structs import (
     KVM_CPUID_ENTRY2,
+    KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
     KVM_DEBUGREGS,
     KVM_GUEST_DEBUG,
     KVM_GUESTDBG_ENABLE,
@@ -128,10 +129,14 @@ def _host_detects(vcpu: Vcpu) -> bool:
 
 
 def _leaf_7(vcpu: Vcpu, register: str) -> int:
+    """Subleaf 0 (Linux 6.12 cpuid.c cpuid_entry2_find: an index counts only if flagged)."""
     size = KVM_CPUID_ENTRY2.size_bytes
     for at in range(0, len(vcpu.cpuid), size):
         entry = vcpu.cpuid[at : at + size]
-        if KVM_CPUID_ENTRY2.get(entry, "function") == 7:
+        if KVM_CPUID_ENTRY2.get(entry, "function") == 7 and not (
+            KVM_CPUID_ENTRY2.get(entry, "flags") & KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+            and KVM_CPUID_ENTRY2.get(entry, "index")
+        ):
             return KVM_CPUID_ENTRY2.get(entry, register)
     return 0
 

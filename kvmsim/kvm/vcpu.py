@@ -218,8 +218,11 @@ class Vcpu(VcpuFile):
         if self.vm.machine.preset.vendor == "intel":
             self.bus_lock_exit = armed
         self.stop = self.pending = None
+        self.io_done = 0
         if self.intercepted:
-            # The lock it was about to take is not coming.
+            # The lock it was about to take is not coming; it may have been asked for already.
+            if self.owed and not self.compare_due:
+                self.vm.accounting.bus_lock_cancel(self.pid, self, self.since_ns)
             self.intercepted = self.compare_due = self.owed = False
 
     def cpuid_changed(self) -> None:
@@ -270,7 +273,7 @@ class Vcpu(VcpuFile):
             return
         self.closed = True
         if self.owed:
-            self.vm.accounting.bus_lock_cancel(self, max(now_ns, self.since_ns))
+            self.vm.accounting.bus_lock_cancel(self.pid, self, max(now_ns, self.since_ns))
             self.owed = False
         self.phase = run.OUT
         self.vm.put()

@@ -124,7 +124,7 @@ class Keys:
             KvmError: ENOSPC no key left; EBUSY a limit refused.
         """
         if not self.tdx_free:
-            raise KvmError(ENOSPC, "no free TDX key")
+            raise KvmError(ENOSPC, "no TDX key: all of the host's are in use")
         charge = self._charge(pid, "tdx")
         number = min(self.tdx_free)
         self.tdx_free.remove(number)

@@ -11,6 +11,7 @@ from cgfs.controllers.bus_lock import BusLock, BusLockCss
 from cgfs.core.caller import KERNEL
 from cgfs.core.roots import Roots
 from kvmsim.engine.synthetic import parse_guest
+from kvmsim.errors import KvmError
 from kvmsim.host.accounting import CgroupAccounting
 from kvmsim.host.machine import Machine
 from kvmsim.host.presets import load
@@ -95,20 +96,28 @@ class Testbed:
 
         Raises:
             ConfigError: the words for the guest are not understood.
+            KvmError: as :class:`Vmm`; nothing is left behind.
         """
         spec = parse_guest(guest)
         owner = _Owner()
         now_ns = self.timeline.now_ns
         task = self.roots.spawn(cgrp or self.roots.v2.root, owner, now_ns)
-        vmm = owner.vmm = Vmm(
-            name,
-            self.system,
-            self.timeline,
-            pid=task.pid,
-            bus_lock_ratelimit=bus_lock_ratelimit,
-        )
+        try:
+            vmm = owner.vmm = Vmm(
+                name,
+                self.system,
+                self.timeline,
+                pid=task.pid,
+                bus_lock_ratelimit=bus_lock_ratelimit,
+            )
+        except KvmError:
+            self.roots.exit(task, now_ns)
+            raise
+        vmm.on_stopped = lambda _, ended_ns: self.roots.exit(task, ended_ns)
         for vcpu_id in range(nr_vcpus):
             vmm.add_vcpu(spec.engine(vcpu_stream(self.seed, name, vcpu_id)))
+        if task.frozen:
+            vmm.frozen(frozen=True, now_ns=now_ns)
         vmm.start(now_ns)
         return vmm
 
@@ -118,20 +127,28 @@ class Testbed:
 
 
 class _Owner:
-    """The emulated process of one VM."""
+    """The emulated process of one VM.
+
+    Attributes:
+        vmm: what runs the VM; None while it is being made.
+    """
 
     __slots__ = ("vmm",)
 
-    vmm: Vmm
+    def __init__(self) -> None:
+        self.vmm: Vmm | None = None
 
     def killed(self, now_ns: int) -> None:
         """SIGKILL."""
-        self.vmm.killed(now_ns)
+        if self.vmm is not None:
+            self.vmm.killed(now_ns)
 
     def frozen(self, frozen: bool, now_ns: int) -> None:
         """Frozen or thawed."""
-        self.vmm.frozen(frozen, now_ns)
+        if self.vmm is not None:
+            self.vmm.frozen(frozen, now_ns)
 
     def moved(self, now_ns: int) -> None:
         """In another cgroup."""
-        self.vmm.moved(now_ns)
+        if self.vmm is not None:
+            self.vmm.moved(now_ns)

@@ -85,7 +85,7 @@ class RunLoop:
         left to the caller, in ``thread.vcpu.run``.
 
         Raises:
-            KvmError: what KVM_RUN failed with.
+            KvmError: what KVM_RUN failed with; EIO when the VM ended meanwhile.
         """
         returned = trio.Event()
         thread.run_once(self.catch_up(), lambda _: returned.set())

@@ -26,16 +26,8 @@ if TYPE_CHECKING:
 NEVER = 1 << 200
 """A time after every other."""
 
-BUS_LOCK_CYCLES = 7_000
-"""What a bus lock costs, if a machine does not say (Linux Documentation/arch/x86/buslock.rst)."""
-
 _MAX_DROPPED = 1_000
 """Void entries that are not worth clearing away."""
-
-
-def stall_ns(tsc_khz: int, cycles: int = BUS_LOCK_CYCLES) -> int:
-    """Length of a bus lock's stall on a machine of a given clock frequency."""
-    return cycles * 1_000_000 // tsc_khz
 
 
 class Scheduled:

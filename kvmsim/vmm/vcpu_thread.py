@@ -10,7 +10,7 @@ its time has come.
 
 from __future__ import annotations
 
-from errno import EAGAIN, EINTR
+from errno import EAGAIN, EINTR, EIO
 from typing import TYPE_CHECKING
 
 from kvmsim.abi.exits import KVM_RUN_X86_BUS_LOCK, Exit
@@ -42,6 +42,13 @@ PHASES = (
     *("ratelimited", "ready", "halted", "stopped"),
 )
 
+MAX_STOPS_AT_ONCE = 100_000
+"""Stops of one vCPU at one instant, after which its guest is taken for stuck there.
+
+Time moves on only when nothing more is due: a guest that stops for ever and takes no time would
+hold up the whole host.
+"""
+
 
 class VcpuThread(Scheduled):
     """The thread of one vCPU.
@@ -59,6 +66,8 @@ class VcpuThread(Scheduled):
     __slots__ = (
         "_burst_ns",
         "_done",
+        "_instant_ns",
+        "_nr_at_once",
         "_since_ns",
         "_work_ns",
         "error",
@@ -82,6 +91,8 @@ class VcpuThread(Scheduled):
         self._burst_ns = 0  # guest time asked for when the guest was entered
         self._work_ns = 0  # guest time of bursts that are over
         self._since_ns = 0
+        self._instant_ns = 0  # when the guest was last entered for no time at all
+        self._nr_at_once = 0  # and how often that was at this instant
         self._done: Callable[[int], None] | None = None
         vcpu.on_wake = self._woken
 
@@ -103,7 +114,7 @@ class VcpuThread(Scheduled):
             self._start_at(now_ns)
 
     def run_once(self, now_ns: int, done: Callable[[int], None]) -> None:
-        """Make one KVM_RUN and handle nothing but the limiter.
+        """Make one KVM_RUN and handle nothing but the limiter. A frozen process waits first.
 
         Args:
             now_ns: when.
@@ -129,12 +140,14 @@ class VcpuThread(Scheduled):
             self.vcpu.wake(now_ns)
             self._run(self.vcpu.resume, now_ns)
         elif phase == SLEEPING:
+            if self.vmm.is_frozen:
+                return  # the sleep ends with the thaw
             self.ratelimit_ns += now_ns - self._since_ns
             self.phase = PARKED
             if self._returned(now_ns):
                 self._run(self.vcpu.kvm_run, now_ns)
         elif phase == STARTING:
-            if self.vmm.runs or self._done is not None:
+            if self.vmm.runs or (self._done is not None and not self.vmm.is_frozen):
                 self._run(self.vcpu.kvm_run, now_ns)
             else:
                 self.phase = PARKED
@@ -164,10 +177,21 @@ class VcpuThread(Scheduled):
         else:
             self.vcpu.wake(now_ns)
 
-    def stop(self) -> None:
-        """The thread ends."""
+    def thaw(self, now_ns: int) -> None:
+        """Go on with what the freezer held up: a sleep that was over, one KVM_RUN asked for."""
+        if self.phase == SLEEPING and not self.ticket:
+            self.vmm.timeline.sleep_until(self, now_ns)
+        elif self._done is not None:
+            self.start(now_ns)
+
+    def stop(self, now_ns: int) -> None:
+        """The thread ends; whoever waits for its KVM_RUN is told so."""
         self.vmm.timeline.drop(self)
         self.phase = STOPPED
+        done, self._done = self._done, None
+        if done is not None:
+            self.error = KvmError(EIO, "the VM has ended")
+            done(now_ns)
 
     def _start_at(self, now_ns: int) -> None:
         self.phase = STARTING
@@ -195,6 +219,8 @@ class VcpuThread(Scheduled):
                     self.phase = GUEST
                     self._burst_ns = guest_ns = blocked.guest_ns
                     self.vmm.timeline.run_for(self, guest_ns)
+                    if not guest_ns:
+                        self._count_at_once(now_ns)
                     return
                 if blocked is not None:
                     self._wait(blocked, now_ns)
@@ -204,6 +230,15 @@ class VcpuThread(Scheduled):
             if not self._post_run(now_ns):
                 return
             call = self.vcpu.kvm_run
+
+    def _count_at_once(self, now_ns: int) -> None:
+        """The guest stops without having taken time; the VM ends if that goes on for ever."""
+        if now_ns != self._instant_ns:
+            self._instant_ns = now_ns
+            self._nr_at_once = 0
+        self._nr_at_once += 1
+        if self._nr_at_once > MAX_STOPS_AT_ONCE:
+            self.vmm.guest_stuck(self, MAX_STOPS_AT_ONCE, now_ns)
 
     def _wait(self, blocked: Blocked, now_ns: int) -> None:
         if type(blocked) is not Halted:

@@ -185,7 +185,7 @@ class Vmm:
         self.state = RunState.SHUTDOWN
         self.runs = False
         for thread in self.threads:
-            thread.stop()
+            thread.stop(now_ns)
         self.vm.close(now_ns)
         if self.on_stopped is not None:
             self.on_stopped(self, now_ns)
@@ -200,6 +200,9 @@ class Vmm:
         """The freezer signals threads out of KVM_RUN; an owed bus lock stays owed."""
         self.is_frozen = frozen
         self._enter(self.state, now_ns)
+        if not frozen:
+            for thread in self.threads:
+                thread.thaw(now_ns)
 
     def moved(self, now_ns: int) -> None:
         """Bus locks that wait do so in the new cgroup from here on."""
@@ -241,6 +244,10 @@ class Vmm:
         """KVM_RUN returned an error nobody expects."""
         assert thread.error is not None
         self._fail(f"error: kvm run failed {os.strerror(thread.error.errno)}", now_ns)
+
+    def guest_stuck(self, thread: VcpuThread, nr_stops: int, now_ns: int) -> None:
+        """A guest does not get on: it stops again and again at one instant."""
+        self._fail(f"vCPU {thread.vcpu.id}: {nr_stops} stops in a row took no time", now_ns)
 
     def _fail(self, error: str, now_ns: int) -> None:
         self.error = error

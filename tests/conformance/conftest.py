@@ -161,7 +161,12 @@ def pytest_collection_modifyitems(items):
 
 def pytest_runtest_setup():
     for feed in _feeds:
-        feed()
+        feed(True)
+
+
+def pytest_runtest_logfinish():
+    for feed in _feeds:
+        feed(False)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 READY_S = 20.0
 SILENCE_S = 100.0
 _MNT_DETACH = 2
-_ALIVE, _DONE, _SILENCE = b".", b"q", b"-"
+_ALIVE, _REST, _DONE, _SILENCE = b".", b",", b"q", b"-"
 
 
 def missing() -> str | None:
@@ -51,8 +51,11 @@ def directory() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def mounted(options: str = "") -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Mounts a hierarchy for a block; gives its root and the function that feeds the watchdog."""
+def mounted(options: str = "") -> Iterator[tuple[Path, Callable[[bool], None]]]:
+    """Mounts a hierarchy for a block.
+
+    Gives its root and what tells the watchdog that a test begins (True) or has ended.
+    """
     with _served(lambda root: command(root, options)) as (root, _, feed):
         yield root, feed
 
@@ -79,11 +82,12 @@ def charging() -> Iterator[tuple[Path, Callable[[int, str, int], str]]]:
 @contextlib.contextmanager
 def _served(
     command_for: Callable[[Path], list[str]],
-) -> Iterator[tuple[Path, subprocess.Popen[bytes], Callable[[], None]]]:
+) -> Iterator[tuple[Path, subprocess.Popen[bytes], Callable[[bool], None]]]:
     """Runs a server of a mount for a block.
 
     A request that the server never answers cannot be interrupted by a signal, so a watchdog
-    process ends a server that has kept the tests waiting for too long.
+    process ends a server that has kept a test waiting for too long. Between tests, others may take
+    as long as they like.
     """
     with directory() as mountpoint:
         log = mountpoint.with_name("log")
@@ -120,7 +124,7 @@ def _stop(server: subprocess.Popen[bytes], directory: Path) -> None:
         syscalls.umount(directory, _MNT_DETACH)
 
 
-def _watchdog(server_pid: int) -> tuple[Callable[[], None], Callable[[], None]]:
+def _watchdog(server_pid: int) -> tuple[Callable[[bool], None], Callable[[], None]]:
     """Starts a process that ends the server if it hangs, or if the tests die; see _served."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -130,8 +134,8 @@ def _watchdog(server_pid: int) -> tuple[Callable[[], None], Callable[[], None]]:
         os._exit(0)
     os.close(reader)
 
-    def feed() -> None:
-        os.write(writer, _ALIVE)
+    def feed(running: bool) -> None:
+        os.write(writer, _ALIVE if running else _REST)
 
     def end() -> None:
         os.write(writer, _DONE)
@@ -143,8 +147,8 @@ def _watchdog(server_pid: int) -> tuple[Callable[[], None], Callable[[], None]]:
 
 def _watch(server_pid: int, reader: int) -> None:
     word = _ALIVE
-    while word == _ALIVE:
-        heard = select.select([reader], [], [], SILENCE_S)[0]
+    while word in (_ALIVE, _REST):
+        heard = select.select([reader], [], [], SILENCE_S if word == _ALIVE else None)[0]
         word = os.read(reader, 1) if heard else _SILENCE
     if word != _DONE:
         with contextlib.suppress(ProcessLookupError):

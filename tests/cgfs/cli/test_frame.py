@@ -53,7 +53,8 @@ def test_system_error_names_the_file(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nonsense"], ["sub", "--nonsense"], ["sub", "--count", "x"], ["sub", "extra"]]
+    "arguments",
+    [[], ["nonsense"], ["sub", "--nonsense"], ["sub", "--count", "x"], ["sub", "extra"]],
 )
 def test_usage_error_is_64_and_one_line(capsys, arguments):
     code, out, err = outcome(capsys, *arguments)

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import time
@@ -68,6 +69,23 @@ def test_bug_in_the_server_is_told_in_one_line_and_logged_whole(log):
     with pytest.raises(CommandError, match="internal error: ZeroDivisionError: in the server"):
         start(serve, log)
     assert "Traceback" in log.read_text()
+
+
+def test_failure_of_the_server_is_told_although_its_log_is_on_a_full_disk():
+    def serve(_readiness):
+        raise CommandError("no such device", os.EX_UNAVAILABLE, 19)
+
+    with pytest.raises(CommandError, match=r"^no such device$"):
+        start(serve, Path("/dev/full"))
+
+
+def test_system_error_in_the_server_names_the_file(log):
+    def serve(_readiness):
+        raise OSError(errno.ENOSPC, "No space left on device", "/run/entry")
+
+    with pytest.raises(CommandError, match=r"^/run/entry: No space left on device$") as caught:
+        start(serve, log)
+    assert caught.value.exit_code == os.EX_OSERR
 
 
 def test_server_that_dies_early_is_told_with_its_last_words(log):

@@ -6,7 +6,7 @@ import pytest
 
 from cgfs.control.errors import CommandError
 from cgfs.control.launch import launch
-from cgfs.control.runtime_dir import RuntimeDir
+from cgfs.control.runtime_dir import Entry, RuntimeDir
 
 # The servers here mount nothing; what they leave is what is looked at.
 
@@ -48,6 +48,21 @@ def test_server_that_cannot_start_leaves_nothing(runtime, tmp_path):
         launch("cgfs", tmp_path / "tree", serve)
     assert list(runtime.path.iterdir()) == []
     assert not (tmp_path / "tree").exists()
+
+
+def test_leftovers_that_cannot_be_cleared_leave_no_directory(runtime, tmp_path):
+    runtime.socket(tmp_path / "tree").mkdir()
+    with pytest.raises(IsADirectoryError):
+        launch("cgfs", tmp_path / "tree", lambda _launched: None)
+    assert not (tmp_path / "tree").exists()
+
+
+def test_directory_made_for_a_server_that_died_goes_with_the_next(runtime, tmp_path):
+    directory = tmp_path / "tree"
+    directory.mkdir()
+    runtime.write(Entry("cgfs", str(directory), os.getpid(), 1, os.geteuid(), created=True))
+    launch("cgfs", directory, lambda launched: launched.ready(), foreground=True)
+    assert not directory.exists()
 
 
 def test_server_that_breaks_later_leaves_its_log(runtime, tmp_path):

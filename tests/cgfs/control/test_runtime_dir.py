@@ -41,6 +41,25 @@ def test_chosen_directory_is_the_only_one(runtime):
     assert RuntimeDir.readable() == [runtime]
 
 
+def test_chosen_directory_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert candidates(0, {"KVMSIM_RUNTIME_DIR": "run"}) == [tmp_path / "run"]
+
+
+def test_directory_too_long_for_a_socket_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVMSIM_RUNTIME_DIR", str(tmp_path / ("r" * 100)))
+    with pytest.raises(CommandError, match="too long for the path of a socket"):
+        RuntimeDir.mine()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_entry_that_cannot_be_written_is_named(runtime):
+    digest = runtime.socket(Path("/srv/host")).stem
+    (runtime.path / f"{digest}.new").symlink_to("/dev/full")
+    with pytest.raises(CommandError, match=rf"{digest}\.json: No space left on device"):
+        runtime.write(entry())
+
+
 def test_directory_is_made_for_its_user_alone(runtime, tmp_path):
     assert runtime.path == tmp_path / "kvmsim"
     assert runtime.path.stat().st_mode & 0o777 == 0o700

@@ -250,13 +250,34 @@ def test_cancelled_wait_is_not_charged(host, tenant):
     host.lock(tenant)
     lock = host.lock(tenant)
 
-    assert host.controller.cancel(lock, 5_000)
+    assert host.controller.cancel(lock, tenant, 5_000)
 
     assert (
         host.show(tenant, "stat")
         == "nr_events 1\nnr_throttled 1\nthrottled_usec 5\nnr_cancelled 1\n"
     )
     assert host.controller.next_ready_ns() is None
+
+
+def test_event_dropped_before_it_was_asked_for_is_cancelled(host, tenant):
+    child = host.mkdir("/tenant/child")
+
+    assert host.controller.cancel(Lock(), child, 0)
+
+    for css in (child, tenant):
+        assert host.show(css, "stat").startswith("nr_events 0\nnr_throttled 0\n")
+        assert host.show(css, "stat").endswith("nr_cancelled 1\n")
+
+
+def test_event_admitted_at_the_moment_of_the_cancel_is_not_cancelled(host, tenant):
+    host.write(tenant, "1 1000000")
+    host.lock(tenant)
+    lock = host.lock(tenant)
+
+    assert not host.controller.cancel(lock, tenant, S)
+
+    assert lock.times == [S]
+    assert host.show(tenant, "stat").endswith("nr_cancelled 0\n")
 
 
 def test_limited_looks_at_ancestors(host, tenant):

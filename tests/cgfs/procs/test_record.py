@@ -70,3 +70,14 @@ def test_record_goes_with_a_frozen_process_that_ends(processes, sleepers, record
     sleepers[0].wait()
     processes.sync()
     assert not record.exists()
+
+
+def test_process_is_frozen_although_the_disk_of_the_record_is_full(
+    processes, sleepers, record, caplog
+):
+    record.symlink_to("/dev/full")
+    processes.freeze(sleepers[0].pid)
+    os.waitid(os.P_PID, sleepers[0].pid, os.WSTOPPED)
+    assert "No space left on device" in caplog.text
+    processes.thaw(sleepers[0].pid)
+    os.waitid(os.P_PID, sleepers[0].pid, os.WCONTINUED)

@@ -8,7 +8,7 @@ import kvmsim
 from cgfs.control.errors import CommandError
 from cgfs.errors import CgroupError, ChargeRefused
 from kvmsim.control.messages import StartVm
-from kvmsim.engine.base import BusLock, Hlt, Shutdown
+from kvmsim.engine.base import BusLock, Hlt, InternalError, Shutdown
 from kvmsim.engine.scripted import Scripted
 from kvmsim.errors import ConfigError, KvmError
 from kvmsim.host import presets
@@ -149,6 +149,16 @@ async def test_guest_that_shuts_down_ends_its_vm(host, autojump_clock):
     assert tenant(host, "misc.current") == "sev 0\nsev_es 0\n"
 
 
+async def test_vm_that_failed_says_why_and_keeps_its_asid(host, autojump_clock):
+    engine = Scripted([InternalError(after_ns=1000)])
+    request = StartVm("a", type="sev", cgroup="/tenant")
+    host.start_vm(request, engines=lambda _vcpu: engine)
+    await trio.sleep(1)
+    [vm] = host.vm_statistics()
+    assert (vm.state, vm.error) == ("internal-error", "KVM internal error. Suberror: 1")
+    assert tenant(host, "misc.current") == "sev 1\nsev_es 0\n"
+
+
 async def test_cgroup_kill_ends_the_vms_in_it(host):
     start(host, "a", type="sev")
     start(host, "b")
@@ -157,6 +167,18 @@ async def test_cgroup_kill_ends_the_vms_in_it(host):
     assert list(host.vms) == ["elsewhere"]
     assert tenant(host, "cgroup.events") == "populated 0\nfrozen 0\n"
     host.files.rmdir(f"{CGROUP}/tenant")
+
+
+async def test_vm_killed_before_it_runs_gives_everything_back(host):
+    def engines(_vcpu):
+        set_tenant(host, "cgroup.kill", "1")
+        return Scripted([Hlt()])
+
+    host.start_vm(StartVm("a", type="sev", cgroup="/tenant"), engines=engines)
+    assert host.vms == {}
+    assert not host.system.vms
+    assert tenant(host, "cgroup.procs") == ""
+    assert tenant(host, "misc.current") == "sev 0\nsev_es 0\n"
 
 
 async def test_freezer_stops_the_guest_and_lets_it_go_on(host, autojump_clock):

@@ -228,6 +228,28 @@ def test_cgroup_that_does_not_exist_is_told(shell, host):
     nothing_started(shell, host)
 
 
+def test_cgroup_that_controls_its_children_is_told(shell, host):
+    cgroup = host / "sys/fs/cgroup"
+    (cgroup / "cgroup.subtree_control").write_text("+misc +encryption_ids")
+    (cgroup / "parent").mkdir()
+    (cgroup / "parent/cgroup.subtree_control").write_text("+misc +encryption_ids")
+    done = shell.kvmsim("vm", "start", "a", "--type", "sev", "--cgroup", "/parent")
+    words = 'cgroup /parent takes no processes: cgroup.subtree_control "encryption_ids misc"'
+    refused(done, os.EX_UNAVAILABLE, f"vm a: {words} (EBUSY)")
+    nothing_started(shell, host)
+
+
+def test_cgroup_that_is_no_valid_domain_is_told(shell, host):
+    cgroup = host / "sys/fs/cgroup"
+    (cgroup / "parent/threads").mkdir(parents=True)
+    (cgroup / "parent/other").mkdir()
+    (cgroup / "parent/threads/cgroup.type").write_text("threaded")
+    done = shell.kvmsim("vm", "start", "a", "--cgroup", "/parent/other")
+    words = 'cgroup /parent/other takes no processes: cgroup.type "domain invalid"'
+    refused(done, os.EX_UNAVAILABLE, f"vm a: {words} (EOPNOTSUPP)")
+    nothing_started(shell, host)
+
+
 def test_type_this_machine_has_not_is_told(shell, host):
     done = shell.kvmsim("vm", "start", "a", "--type", "tdx")
     refused(done, os.EX_UNAVAILABLE, "vm a: ", "tdx")

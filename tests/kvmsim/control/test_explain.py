@@ -3,9 +3,15 @@ import os
 
 import pytest
 
+from cgfs.core.roots import Roots
 from cgfs.errors import CgroupError, ChargeRefused
+from kvmsim.abi.caps import KVM_X86_TDX_VM
 from kvmsim.control.explain import explain
 from kvmsim.errors import ConfigError, KvmError, KvmsimError
+from kvmsim.host import presets
+from kvmsim.host.accounting import CgroupAccounting
+from kvmsim.host.machine import Machine
+from kvmsim.kvm.system import System
 
 
 def told(error):
@@ -26,6 +32,13 @@ def test_exhausted_machine_is_told_as_the_host():
     assert told(refused) == (line, os.EX_TEMPFAIL)
 
 
+def test_cgroup_that_takes_no_processes_is_no_failure_that_may_pass():
+    assert told(CgroupError(errno.EBUSY, "cgroup /a takes no processes")) == (
+        "cgroup /a takes no processes (EBUSY)",
+        os.EX_UNAVAILABLE,
+    )
+
+
 def test_resource_of_a_preset_is_called_by_its_name():
     assert told(ChargeRefused("epc", "/t", "misc.max", "epc 1"))[0].startswith("no epc: ")
 
@@ -41,6 +54,17 @@ def test_ioctl_of_its_own_keeps_its_words():
         "KVM_CREATE_VM: type 5 (EINVAL)",
         os.EX_USAGE,
     )
+
+
+def test_exhausted_tdx_keys_are_a_failure_that_may_pass():
+    tdx = presets.parse('vendor = "intel"\n[tdx]\nkeys = 1\n', "t.toml")
+    roots = Roots([])
+    system = System(Machine(tdx, roots, CgroupAccounting(roots)))
+    system.create_vm(KVM_X86_TDX_VM).encrypt()
+    with pytest.raises(KvmError) as caught:
+        system.create_vm(KVM_X86_TDX_VM).encrypt()
+    line = "no TDX key: all of the host's are in use (ENOSPC)"
+    assert told(caught.value) == (line, os.EX_TEMPFAIL)
 
 
 def test_missing_cgroup_is_unavailable():

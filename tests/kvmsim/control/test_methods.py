@@ -82,3 +82,15 @@ async def test_refused_start_is_one_line_about_that_vm(host):
 async def test_bug_of_the_host_is_not_dressed_up(host):
     with pytest.raises(KeyError):
         await call(host, "vm.stop", NamedVm("a"))
+
+
+@pytest.mark.parametrize("field", ["vcpus", "bus_lock_ratelimit"])
+def test_start_request_with_a_number_that_makes_no_sense_is_not_decoded(field):
+    request = {"name": "a", field: -1}
+    with pytest.raises(msgspec.ValidationError, match=field):
+        msgspec.json.decode(msgspec.json.encode(request), type=StartVm)
+
+
+def test_vm_without_vcpus_is_not_decoded():
+    with pytest.raises(msgspec.ValidationError, match="vcpus"):
+        msgspec.json.decode(b'{"name": "a", "vcpus": 0}', type=StartVm)

@@ -114,6 +114,8 @@ def test_words_are_kept_in_one_spelling():
         ("buslock rate=1e3", "rate=1e3"),
         ("buslock rate=nan", "rate=nan"),
         ("buslock rate=10000001", "rate=10000001"),
+        ("buslock rate=0.0000000001", "rate=0.0000000001"),
+        ("buslock rate=0." + 300 * "0" + "1", "not a rate"),
         ("buslock rate=5 rate=6", "twice"),
         ("buslock io=5", "'io=5'"),
         ("buslock rate=5 jitter=some", "jitter=some"),

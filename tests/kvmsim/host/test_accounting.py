@@ -328,6 +328,20 @@ def test_teardown_of_a_waiting_vcpu_is_counted_as_cancelled(host):
     assert host.roots.controller("bus_lock").next_ready_ns() in {None, S + 10}
 
 
+@pytest.mark.parametrize("toml", [AMD, INTEL], ids=["fault", "trap"])
+def test_teardown_before_an_owed_lock_was_asked_for_is_counted_as_cancelled(toml):
+    # C.4: the wait comes with the next KVM_RUN, which never comes.
+    host = Host(toml)
+    host.mkdir("/tenant")
+    vcpu = locking_vcpu(host, "/tenant", 3)
+    vcpu.bus_lock_exit = True
+    assert run_until_it_waits(vcpu)[0] is None
+    assert vcpu.run.exit_reason == Exit.X86_BUS_LOCK
+    vcpu.vm.close(20)
+    assert host.cat("/tenant", "bus_lock.stat").startswith("nr_events 0\n")
+    assert "nr_cancelled 1\n" in host.cat("/tenant", "bus_lock.stat")
+
+
 def test_host_without_the_controller_admits_everything():
     host = Host(controllers=(Misc,))
     vcpu = locking_vcpu(host, "/", 2)

@@ -79,7 +79,7 @@ class HandDriven:
     def bus_lock_withdraw(self, waiter, now_ns):
         self.queue.remove(waiter)
 
-    def bus_lock_cancel(self, waiter, now_ns):
+    def bus_lock_cancel(self, pid, waiter, now_ns):
         self.cancelled.append(waiter)
         self.queue = [other for other in self.queue if other is not waiter]
 

@@ -397,3 +397,16 @@ def test_init_of_an_intercepted_vcpu_drops_its_lock(guest, accounting):
     accounting.limited, accounting.tokens = True, 0
     assert vcpu.kvm_run(0) == InGuest(3)
     assert vcpu.bus_locks == 0
+
+
+def test_init_of_a_vcpu_whose_wait_was_interrupted_leaves_nothing_owed(guest, accounting):
+    accounting.limited, accounting.tokens = True, 0
+    vcpu = guest([BusLock(), Hlt()], FAULT, exits=False)
+    vcpu.kvm_run(0)
+    assert vcpu.resume(0) == Throttled()
+    with pytest.raises(KvmError):
+        vcpu.interrupt(0)
+    vcpu.init()
+    assert accounting.cancelled == [vcpu]
+    vcpu.vm.close()
+    assert accounting.cancelled == [vcpu]

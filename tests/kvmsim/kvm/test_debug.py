@@ -102,6 +102,15 @@ def test_t_b_1_delivery_puts_the_payload_into_dr6(before, payload, after):
     assert debug.dr6_after(before, payload) == after
 
 
+def test_only_subleaf_0_of_cpuid_7_says_what_the_guest_has(make):
+    vcpu = make(exposed=False)
+    other = KVM_CPUID_ENTRY2.pack(function=7, index=1, flags=1, ebx=1 << 11)
+    first = KVM_CPUID_ENTRY2.pack(function=7, index=0, flags=1, ecx=1 << 24)
+    vcpu.ioctl(ioctls.KVM_SET_CPUID2, KVM_CPUID2.pack(nent=2) + other + first)
+    assert debug.has_bus_lock_detect(vcpu)
+    assert not debug.has_rtm(vcpu)
+
+
 def test_guests_mov_to_dr6_follows_its_cpuid(make):
     vcpu = make()
     assert debug.write_dr6(vcpu, 0)

@@ -248,6 +248,15 @@ def test_init_abandons_pending_io(guest):
     assert (vcpu.run.exit_reason, vcpu.input) == (Exit.SHUTDOWN, b"")
 
 
+def test_init_abandons_the_rest_of_a_string_of_outs(guest):
+    vcpu = guest([Io(data=b"abc"), Io(data=b"x")])
+    for _ in range(2):
+        run_to_exit(vcpu)
+    vcpu.init()
+    run_to_exit(vcpu)
+    assert vcpu.run.io_data() == b"x"
+
+
 def test_hlt_with_in_kernel_apic_waits_in_kvm_until_its_timer(guest):
     vcpu = guest([Hlt(after_ns=10, wake_after_ns=90), Shutdown()], irqchip=True)
     woken = []

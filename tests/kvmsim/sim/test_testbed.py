@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cgfs.core.budget import BudgetTree
-from kvmsim.errors import ConfigError
+from kvmsim.errors import ConfigError, KvmError
 from kvmsim.sim.testbed import NS_PER_S, Testbed
 
 
@@ -97,3 +97,39 @@ def test_chance_of_a_vm_does_not_depend_on_the_others():
 def test_unknown_guest_word_is_refused():
     with pytest.raises(ConfigError, match="bogus"):
         Testbed().vm("vm", "bogus")
+
+
+def test_vm_in_a_frozen_cgroup_waits_until_it_is_thawed():
+    bed = Testbed()
+    tenant = bed.group("tenant")
+    bed.write(tenant, "cgroup.freeze", "1")
+    vmm = bed.vm("a", "buslock rate=1000", tenant)
+    bed.run(1)
+    frozen = vmm.statistics()
+
+    bed.write(tenant, "cgroup.freeze", "0")
+    bed.run(1)
+
+    assert (frozen.frozen, frozen.nr_bus_locks) == (True, 0)
+    assert vmm.statistics().nr_bus_locks > 500
+
+
+def test_killed_vm_leaves_its_cgroup():
+    bed = Testbed()
+    tenant = bed.group("tenant")
+    bed.vm("a", "busy", tenant)
+
+    bed.write(tenant, "cgroup.kill", "1")
+
+    assert not tenant.populated
+    assert not bed.system.vms
+
+
+def test_vm_that_cannot_be_made_leaves_no_process_behind():
+    bed = Testbed("milan509-es99")  # without bus lock detection
+    tenant = bed.group("tenant")
+
+    with pytest.raises(KvmError):
+        bed.vm("a", "busy", tenant, bus_lock_ratelimit=5)
+
+    assert not tenant.populated

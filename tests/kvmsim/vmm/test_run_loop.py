@@ -166,6 +166,44 @@ async def test_run_vcpu_raises_what_kvm_run_failed_with(host, autojump_clock, nu
         await loop.run_vcpu(vmm.threads[0])
 
 
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [([Hlt(1)], {}), ([BusLock(1)], {"bus_lock_ratelimit": 1})],
+    ids=["in KVM_RUN", "in the VMM's sleep"],
+)
+async def test_run_vcpu_fails_when_the_vm_ends_meanwhile(
+    host, autojump_clock, nursery, script, options
+):
+    vmm = host.vm(script, **options)
+    loop = RunLoop(host.timeline)
+    await nursery.start(loop.run)
+
+    async def kill():
+        await trio.sleep(0.1)
+        vmm.killed(loop.catch_up())
+
+    nursery.start_soon(kill)
+    with trio.fail_after(10), pytest.raises(KvmError, match="EIO"):
+        await loop.run_vcpu(vmm.threads[0])
+
+
+async def test_run_vcpu_of_a_frozen_vm_waits_until_it_is_thawed(host, autojump_clock, nursery):
+    vmm = host.vm([Io(50 * MS, size=1)])
+    vmm.frozen(True, 0)
+    loop = RunLoop(host.timeline)
+    await nursery.start(loop.run)
+
+    async def thaw():
+        await trio.sleep(1)
+        vmm.frozen(False, loop.catch_up())
+
+    nursery.start_soon(thaw)
+    with trio.fail_after(10):
+        await loop.run_vcpu(vmm.threads[0])
+
+    assert host.timeline.now_ns == S + 50 * MS
+
+
 async def test_limited_run_vcpu_takes_the_vmms_sleep(host, autojump_clock, nursery):
     vmm = host.vm([BusLock(0), BusLock(0)], bus_lock_ratelimit=2)
     loop = RunLoop(host.timeline)

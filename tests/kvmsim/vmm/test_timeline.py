@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmsim.vmm.timeline import Scheduled, Timeline, stall_ns
+from kvmsim.vmm.timeline import Scheduled, Timeline
 
 
 class Item(Scheduled):
@@ -200,8 +200,3 @@ def test_limiter_deadline_that_came_earlier_is_seen(log):
     timeline.advance(100)
 
     assert (log, calls) == ([(40, "limiter")], [1])
-
-
-def test_stall_is_seven_thousand_cycles_of_the_machines_clock():
-    assert stall_ns(2_000_000) == 3_500
-    assert stall_ns(3_500_000, cycles=1_000) == 285

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvmsim.abi.exits import Exit
-from kvmsim.engine.base import BusLock, Hlt, InKernel, Io, Mmio
+from kvmsim.engine.base import BusLock, Hlt, InKernel, Io, Mmio, Shutdown
 from kvmsim.errors import KvmError
+from kvmsim.vmm import vcpu_thread
 
 S = 1_000_000_000
 MS = 1_000_000
@@ -114,6 +115,34 @@ def test_kick_does_not_cut_a_limiter_sleep_short(host):
     assert vmm.statistics().threads[0].phase == "parked"
     assert vmm.threads[0].ratelimit_ns == S
     assert vmm.threads[0].vcpu.bus_locks == 1
+
+
+def test_limiter_sleep_of_a_frozen_vm_ends_with_the_thaw(host):
+    vmm = host.vm([Shutdown(10, bus_lock=True)], bus_lock_ratelimit=1)
+    vmm.start(0)
+    host.timeline.advance(20)
+    vmm.frozen(True, 20)
+
+    host.timeline.advance(5 * S)
+    frozen = vmm.statistics()
+    vmm.frozen(False, 5 * S)
+    host.timeline.advance(5 * S)
+
+    assert (frozen.state, frozen.threads[0].phase) == ("running", "ratelimited")
+    assert vmm.statistics().state == "shutdown"
+    assert vmm.threads[0].ratelimit_ns == 5 * S - 10
+
+
+def test_thaw_does_not_cut_a_limiter_sleep_short(host):
+    vmm = host.vm([BusLock(10), BusLock(10)], bus_lock_ratelimit=1)
+    vmm.start(0)
+    host.timeline.advance(20)
+
+    vmm.frozen(True, 20)
+    vmm.frozen(False, 30)
+    host.timeline.advance(2 * S)
+
+    assert vmm.threads[0].ratelimit_ns == S
 
 
 def test_pause_interrupts_the_guest_and_the_rest_follows_after_resume(host):
@@ -262,3 +291,34 @@ def test_run_once_keeps_the_error(host):
 
     assert done == [0]
     assert isinstance(thread.error, KvmError)
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [InKernel(), Io(data=b"x"), Hlt(wake_after_ns=0), BusLock()],
+    ids=lambda s: type(s).__name__,
+)
+def test_guest_that_stops_for_ever_at_one_instant_is_ended(host, stop, monkeypatch):
+    monkeypatch.setattr(vcpu_thread, "MAX_STOPS_AT_ONCE", 50)
+    stuck = host.vm([stop], [stop], loop=0, name="stuck")
+    other = host.vm([InKernel(after_ns=MS)], loop=0, name="other")
+    stuck.start(0)
+    other.start(0)
+
+    assert host.timeline.advance(S, max_steps=10_000)
+
+    state = stuck.statistics()
+    assert state.state == "internal-error"
+    assert state.error == "vCPU 0: 50 stops in a row took no time"
+    assert [thread.phase for thread in state.threads] == ["parked", "parked"]
+    assert other.statistics().work_ns == S
+
+
+def test_many_stops_at_one_instant_between_which_time_passes_are_no_error(host, monkeypatch):
+    monkeypatch.setattr(vcpu_thread, "MAX_STOPS_AT_ONCE", 50)
+    vmm = host.vm([*[InKernel()] * 40, InKernel(after_ns=1)], loop=0)
+    vmm.start(0)
+
+    host.timeline.advance(10)
+
+    assert vmm.statistics().state == "running"
