@@ -153,6 +153,6 @@ def _open_trace(path: Path | None) -> IO[bytes] | None:
     if path is None:
         return None
     try:
-        return path.open("wb")
+        return path.open("wb", buffering=0)  # whoever watches sees every call
     except OSError as error:
         raise from_oserror(error, f"cannot write {path}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from kvmsim.vmm.run_loop import RunLoop
 from kvmsim.vmm.timeline import Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
     from kvmsim.engine.base import GuestEngine
     from kvmsim.interpose.launch import Launched
@@ -83,24 +83,34 @@ def run(
         CommandNotRun: the program could not be executed.
     """
     files: dict[str, KvmFile] = {"kvm": emulated.system, **(emulated.devices or {})}
-    # From the fork on the client's end comes first; until trio looks for signals they wait.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _RECEIVED)
-    command = Command(
-        argv=argv,
-        env=env,
-        devices=tuple(files),
-        parameters=emulated.system.machine.parameters,
-        cgroup_dir=cgroup_dir,
-        before_exec=before_exec,
-        signal_mask=mask,
-    )
-    try:
+    with signals_waiting() as mask:
+        command = Command(
+            argv=argv,
+            env=env,
+            devices=tuple(files),
+            parameters=emulated.system.machine.parameters,
+            cgroup_dir=cgroup_dir,
+            before_exec=before_exec,
+            signal_mask=mask,
+        )
         launched = launch(command)
         try:
             other_calls = CgroupCalls(Path(cgroup_dir).stat().st_dev) if cgroup_dir else None
             return trio.run(supervise, launched, emulated, files, other_calls)
         finally:
             os.close(launched.pidfd)
+
+
+@contextmanager
+def signals_waiting() -> Iterator[set[int]]:
+    """Keep signals from the fork until trio looks for them: the client's end comes first.
+
+    Yields:
+        What was blocked before, for the client.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _RECEIVED)
+    try:
+        yield mask
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -130,19 +140,35 @@ async def supervise(
         listener.close()
         os.waitpid(launched.pid, 0)  # noqa: ASYNC222 - nothing else is going on
         raise Unavailable(f"cannot watch the client's descriptors: {error.strerror}") from error
-    ended: list[int] = []
-    try:
+
+    async def serve() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
-            nursery.start_soon(_reap, launched, ended)
-            await nursery.start(_forward_signals, launched.pid)
             if emulated.beside is not None:
                 nursery.start_soon(emulated.beside, supervisor)
                 await trio.lowlevel.checkpoint()  # it starts before the first call is answered
             await supervisor.serve()
             nursery.cancel_scope.cancel()
+
+    try:
+        return await attend(launched, serve)
     finally:
         supervisor.close()
+
+
+async def attend(launched: Launched, serve: Callable[[], Awaitable[None]]) -> int:
+    """Look after a launched program while its calls are answered; its exit status.
+
+    Args:
+        launched: the program.
+        serve: answers its calls; returns when no task of its tree is left.
+    """
+    ended: list[int] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_reap, launched, ended)
+        await nursery.start(_forward_signals, launched.pid)
+        await serve()
+        nursery.cancel_scope.cancel()
     if not ended:  # at this very moment, or its filter would still be in use
         ended.append(os.waitpid(launched.pid, 0)[1])  # noqa: ASYNC222
     code = os.waitstatus_to_exitcode(ended[0])

@@ -121,9 +121,9 @@ class SocketAccounting:
             self._forget(waiter)
             waiter.admitted(now_ns)
 
-    def bus_lock_cancel(self, waiter: Waiter, now_ns: int) -> None:
+    def bus_lock_cancel(self, pid: int, waiter: Waiter, now_ns: int) -> None:
         """The vCPU is gone: drop its event."""
-        del now_ns
+        del pid, now_ns
         number = self._numbers.get(waiter)
         if number is not None:
             self._forget(waiter)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import trio
@@ -17,6 +18,7 @@ from kvmsim.interpose import memory
 from kvmsim.interpose.filter import NR_IOCTL
 from kvmsim.interpose.launch import Command, launch
 from kvmsim.interpose.notify import Listener
+from kvmsim.interpose.run import attend, signals_waiting
 from kvmsim.supervise import decode
 from kvmsim.supervise.trace import Trace
 
@@ -51,16 +53,15 @@ def pass_through(argv: Sequence[str], answers: Mapping[int, int], output: IO[byt
         kvmsim.interpose.Unavailable: calls cannot be trapped here.
         kvmsim.interpose.CommandNotRun: the program could not be executed.
     """
-    launched = launch(Command(argv=argv, devices=()))
-    listener = Listener(launched.listener)
-    try:
-        trio.run(_serve, listener, _Recorder(answers, Trace(output) if output else None))
-    finally:
-        listener.close()
-        os.close(launched.pidfd)
-    _, status = os.waitpid(launched.pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
+    with signals_waiting() as mask:
+        launched = launch(Command(argv=argv, devices=(), signal_mask=mask))
+        listener = Listener(launched.listener)
+        recorder = _Recorder(answers, Trace(output) if output else None)
+        try:
+            return trio.run(attend, launched, partial(_serve, listener, recorder))
+        finally:
+            listener.close()
+            os.close(launched.pidfd)
 
 
 async def _serve(listener: Listener, recorder: _Recorder) -> None:

@@ -14,6 +14,7 @@ returned 0 has ``exit``. ``result`` is null where the call is carried out by the
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import IO, TYPE_CHECKING
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from kvmsim.interpose.clients import Process
     from kvmsim.kvm.dispatch import KvmFile
 
+log = logging.getLogger(__name__)
+
 _KINDS = ((VcpuFile, "vcpu"), (VmFile, "vm"), (SystemFile, "system"), (SevFile, "sev"))
 
 
@@ -39,13 +42,14 @@ class Trace:
     """A trace that is being written; a tap of the supervisor.
 
     Args:
-        output: where the lines go.
+        output: where the lines go; if it takes no more, the trace ends and the client goes on.
         clock_ns: time, from wherever.
     """
 
     def __init__(self, output: IO[bytes], clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._output = output
         self._clock_ns = clock_ns
+        self._broken = False
         self._start_ns = clock_ns()
         self._begun: dict[object, tuple[int, dict[str, object]]] = {}
 
@@ -93,7 +97,12 @@ class Trace:
             "errno": errno_word(number) if number else None,
             "took_ns": None if result is None else self._clock_ns() - start_ns,
         }
-        self._output.write(msgspec.json.encode(line) + b"\n")
+        if not self._broken:
+            try:
+                self._output.write(msgspec.json.encode(line) + b"\n")
+            except OSError as error:
+                self._broken = True
+                log.warning("the trace ends here: %s", error.strerror)
 
     def now_ns(self) -> int:
         """The present, for ``write``."""

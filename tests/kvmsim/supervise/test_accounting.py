@@ -77,7 +77,7 @@ async def test_admission_that_crosses_an_interruption_counts(served, supervise, 
 async def test_cancelled_wait_is_dropped(served, limited, in_thread):
     vcpu = Vcpu()
     await in_thread(limited.bus_lock, 100, vcpu, 0)
-    await in_thread(limited.bus_lock_cancel, vcpu, 0)
+    await in_thread(limited.bus_lock_cancel, 100, vcpu, 0)
     await until(lambda: stat(served)["nr_cancelled"] == 1)
     await trio.sleep(0.06)
     limited._connection.poll()

@@ -2,7 +2,7 @@
 
 import io
 import json
-from errno import ENOTTY
+from errno import ENOSPC, ENOTTY
 from types import SimpleNamespace
 
 import pytest
@@ -163,6 +163,17 @@ def test_run_is_shown_with_its_exit_however_many_others_are_made_meanwhile(
         ("KVM_RUN", {"reason": "X86_BUS_LOCK"}, None),
         ("KVM_RUN", None, "EINTR"),
     ]
+
+
+def test_full_disk_ends_the_trace_and_nothing_else(system, caller, caplog):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(ENOSPC, "No space left on device")
+
+    trace = Trace(Full(), lambda: 0)
+    for _ in range(3):
+        traced(trace, system, ioctls.KVM_GET_API_VERSION, 0, caller, 12)
+    assert caplog.messages == ["the trace ends here: No space left on device"]
 
 
 def test_exits_with_data_show_it():
