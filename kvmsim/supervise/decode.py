@@ -39,18 +39,7 @@ _TABLES = {
     ioctls.KVM_GET_CPUID2: _CPUID,
     ioctls.KVM_GET_SUPPORTED_CPUID: _CPUID,
 }
-_SEV_COMMANDS = {
-    value: name
-    for name, value in vars(sev).items()
-    if isinstance(value, int) and f"{name}_STRUCT" in vars(sev)
-} | {
-    sev.KVM_SEV_INIT: "KVM_SEV_INIT",
-    sev.KVM_SEV_ES_INIT: "KVM_SEV_ES_INIT",
-    sev.KVM_SEV_INIT2: "KVM_SEV_INIT2",
-}
-_SEV_DATA = {
-    number: getattr(sev, f"{name}_STRUCT", None) for number, name in _SEV_COMMANDS.items()
-} | {sev.KVM_SEV_INIT: None, sev.KVM_SEV_INIT2: sev.KVM_SEV_INIT_STRUCT}
+_SEV_COMMANDS = {number: name for name, number in sev.COMMANDS.items()}
 
 MAX_ENTRIES = 64
 """Entries of a table that are shown."""
@@ -148,7 +137,7 @@ def _add_command(shown: dict[str, object], data: bytes, client: Client) -> None:
     """The command of KVM_MEMORY_ENCRYPT_OP with its own structure."""
     number = sev.KVM_SEV_CMD.get(data, "id")
     shown["command"] = _SEV_COMMANDS.get(number, number)
-    layout = _SEV_DATA.get(number)
+    layout = sev.PARAMETERS.get(number)
     if layout is not None:
         try:
             address = sev.KVM_SEV_CMD.get(data, "data")

@@ -30,17 +30,6 @@ if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import KvmFile
 
 _REQUESTS = {**ioctls.SYSTEM, **ioctls.VM, **ioctls.VCPU}
-_COMMANDS: dict[str, int] = {
-    name: getattr(sev, name)
-    for name in dir(sev)
-    if re.fullmatch(
-        r"KVM_SEV_(INIT2?|ES_INIT|GUEST_STATUS|CERT_EXPORT|GET_ATTESTATION_REPORT"
-        r"|(SNP_)?LAUNCH_(START|UPDATE(_DATA|_VMSA)?|SECRET|MEASURE|FINISH)"
-        r"|SEND_(START|UPDATE_DATA|UPDATE_VMSA|FINISH|CANCEL)"
-        r"|RECEIVE_(START|UPDATE_DATA|UPDATE_VMSA|FINISH)|DBG_(DECRYPT|ENCRYPT))",
-        name,
-    )
-}
 _INITS = frozenset({sev.KVM_SEV_INIT, sev.KVM_SEV_ES_INIT, sev.KVM_SEV_INIT2})
 _WHICH = re.compile(r"([1-9][0-9]{0,8})(\+?)")
 _FIRMWARE = re.compile(r"firmware=(0x[0-9a-fA-F]{1,8}|[0-9]{1,9})")
@@ -137,12 +126,12 @@ def parse(words: Sequence[str]) -> Fault:
     _, name, which, outcome = words
     first, onwards = _which(which)
     found = _FIRMWARE.fullmatch(outcome)
-    if found is not None and name not in _COMMANDS:
+    if found is not None and name not in sev.COMMANDS:
         raise ConfigError(f"{name} is no command of the firmware")
     firmware = int(found[1], 0) if found is not None else None
     errno = EIO if found is not None else _errno(outcome)
-    if name in _COMMANDS:
-        commands = frozenset({_COMMANDS[name]})
+    if name in sev.COMMANDS:
+        commands = frozenset({sev.COMMANDS[name]})
         return Fault(ioctls.KVM_MEMORY_ENCRYPT_OP, commands, first, onwards, errno, firmware)
     if name not in _REQUESTS:
         raise ConfigError(f'"{name}" is no ioctl of KVM and no SEV command')

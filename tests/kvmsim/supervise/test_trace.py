@@ -188,3 +188,10 @@ def test_exits_with_data_show_it():
         "count": 2,
         "data": "6869",
     }
+
+
+def test_sev_command_without_parameters_has_its_name(caller):
+    data = sev.KVM_SEV_CMD.pack(id=sev.KVM_SEV_LAUNCH_FINISH)
+    shown = decode.argument(ioctls.KVM_MEMORY_ENCRYPT_OP, caller.map(data), caller)
+    assert shown["command"] == "KVM_SEV_LAUNCH_FINISH"
+    assert "parameters" not in shown
