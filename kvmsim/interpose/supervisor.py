@@ -435,10 +435,11 @@ class Supervisor:
             self._vcpu_released(file)
         elif isinstance(file, Vm):
             file.release()
-        elif isinstance(file, Readable):
-            self._readable.pop(file, None)
-        elif isinstance(file, Releasable):
-            file.release(self.loop.catch_up())
+        else:
+            if isinstance(file, Readable):
+                self._readable.pop(file, None)
+            if isinstance(file, Releasable):
+                file.release(self.loop.catch_up())
 
     def _vcpu_released(self, vcpu: Vcpu) -> None:
         run = self._runs.get(vcpu)

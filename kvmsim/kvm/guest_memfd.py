@@ -17,7 +17,8 @@ from kvmsim.abi.memory import (
 from kvmsim.abi.memory import KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_MEMORY_ATTRIBUTES, PAGE_SIZE
 from kvmsim.errors import KvmError
 from kvmsim.kvm import capabilities
-from kvmsim.kvm.dispatch import KvmFile, VmFile, handles, state_of
+from kvmsim.kvm.dispatch import VmFile, handles, state_of
+from kvmsim.kvm.holder import VmHolder
 
 if TYPE_CHECKING:
     from kvmsim.kvm.client import Client
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from kvmsim.kvm.vm import Vm
 
 
-class GuestMemfd(KvmFile):
+class GuestMemfd(VmHolder):
     """One file.
 
     Args:
@@ -34,23 +35,16 @@ class GuestMemfd(KvmFile):
         size_bytes: its size.
 
     Attributes:
-        vm: as given.
         size_bytes: as given.
         bound: the ranges behind slots: number of the slot -> (first byte, bytes).
     """
 
-    __slots__ = ("bound", "size_bytes", "vm")
-    UNKNOWN_ERRNO = ENOTTY
+    __slots__ = ("bound", "size_bytes")
 
     def __init__(self, vm: Vm, size_bytes: int) -> None:
-        self.vm = vm
+        super().__init__(vm)
         self.size_bytes = size_bytes
         self.bound: dict[int, tuple[int, int]] = {}
-
-    @property
-    def creator(self) -> Client:
-        """Who made the VM."""
-        return self.vm.creator
 
     @property
     def link_name(self) -> str:

@@ -14,13 +14,13 @@ from kvmsim.abi import stats as abi
 from kvmsim.abi.exits import Exit
 from kvmsim.abi.ioctls import KVM_GET_STATS_FD
 from kvmsim.abi.stats import NAME_BYTES
-from kvmsim.kvm.dispatch import KvmFile, VcpuFile, VmFile, handles
+from kvmsim.kvm.dispatch import VcpuFile, VmFile, handles
+from kvmsim.kvm.holder import VmHolder
 from kvmsim.kvm.run import HALTED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvmsim.kvm.client import Client
     from kvmsim.kvm.dispatch import Call
     from kvmsim.kvm.vcpu import Vcpu
     from kvmsim.kvm.vm import Vm
@@ -103,31 +103,27 @@ VM_STATS: Sequence[Stat] = (
 )
 
 
-class StatsFile(KvmFile):
-    """The file: for reading only, and it outlives what it tells about.
+class StatsFile(VmHolder):
+    """The file, for reading only. Since Linux 6.5 it keeps its VM alive.
 
     Args:
-        owner: the VM or vCPU.
-        name: what the file calls it.
-        stats: what it has counted.
-        vcpu: whose counters; None: a VM's, all 0.
+        vm: the VM.
+        name: what the file calls itself.
+        stats: what is counted.
+        vcpu: whose counters; None: the VM's own, all 0.
+
+    Attributes:
+        name: as given.
     """
 
-    __slots__ = ("_head", "_owner", "_stats", "_vcpu", "name")
+    __slots__ = ("_head", "_stats", "_vcpu", "name")
 
-    def __init__(
-        self, owner: Vm | Vcpu, name: str, stats: Sequence[Stat], vcpu: Vcpu | None = None
-    ) -> None:
+    def __init__(self, vm: Vm, name: str, stats: Sequence[Stat], vcpu: Vcpu | None = None) -> None:
+        super().__init__(vm)
         self.name = name
-        self._owner = owner
         self._stats = stats
         self._vcpu = vcpu
         self._head = _head(name, stats)
-
-    @property
-    def creator(self) -> Client:
-        """Who made the VM."""
-        return self._owner.creator
 
     @property
     def link_name(self) -> str:
@@ -180,4 +176,4 @@ def get_vcpu_stats(vcpu: Vcpu, call: Call) -> StatsFile:
     """Make the file of a vCPU's counters."""
     name = f"kvm-{vcpu.creator.pid}/vcpu-{vcpu.id}"
     del call
-    return StatsFile(vcpu, name, VCPU_STATS, vcpu)
+    return StatsFile(vcpu.vm, name, VCPU_STATS, vcpu)

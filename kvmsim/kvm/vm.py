@@ -1,7 +1,7 @@
 """The VM descriptor: capabilities, vCPUs, and how long a VM lives.
 
-A VM dies with the last reference to it: its own descriptor and those of its vCPUs. Then its key
-goes back and the charge for it ends.
+A VM dies with the last reference to it: its own descriptor, those of its vCPUs, of its statistics
+and of its guest memory. Then its key goes back and the charge for it ends.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kvmsim.kvm.client import Client
     from kvmsim.kvm.coalesced import Zone
     from kvmsim.kvm.dispatch import Call
+    from kvmsim.kvm.holder import VmHolder
     from kvmsim.kvm.memslots import GuestMemory
     from kvmsim.kvm.page import KvmRun
     from kvmsim.kvm.sev import SevCmd
@@ -121,6 +122,7 @@ class Vm(VmFile):
             or not: whoever simulates the machine stalls the other CPUs.
         state: parts that belong to one subsystem each; see ``state_of``.
         coalesced_zones: where the guest's writes are collected instead of being exits.
+        holders: other files that keep it alive: of statistics, of guest memory.
         memory: reads guest-physical memory; by default through the slots from the creator's memory.
     """
 
@@ -128,7 +130,7 @@ class Vm(VmFile):
         *("system", "machine", "accounting", "vm_type", "vcpus", "irqchip", "max_vcpu_ids"),
         *("bus_lock_detection", "needs_init", "sev_active", "es_active", "vmsa_features"),
         *("ghcb_version", "key", "dead", "on_bus_lock", "state", "memory"),
-        *("coalesced_zones",),
+        *("coalesced_zones", "holders"),
         *("_creator", "_references", "_released"),
     )
 
@@ -152,6 +154,7 @@ class Vm(VmFile):
         self.state: dict[Callable[[Vm], object], object] = {}
         self.memory: GuestMemory = SlotMemory(self)
         self.coalesced_zones: tuple[Zone, ...] = ()
+        self.holders: dict[VmHolder, None] = {}
         self._creator = creator
         self._references = 1
         self._released = False
@@ -266,12 +269,14 @@ class Vm(VmFile):
 
     def close(self, now_ns: int = 0) -> None:
         """Close every descriptor of the VM and its vCPUs, as the end of its owner does."""
+        for holder in list(self.holders):
+            holder.release(now_ns)
         for vcpu in self.vcpus.values():
             vcpu.release(now_ns)
         self.release()
 
     def get(self) -> None:
-        """One reference more: a mirror of its guest."""
+        """One reference more: a mirror of its guest, or another file of the VM."""
         self._references += 1
 
     def put(self) -> None:

@@ -166,6 +166,14 @@ def test_range_of_a_file_is_behind_one_slot_at_a_time(snp, memfd):
     assert put(snp, 2, 0, flags=PRIVATE, guest_memfd=memfd) == 0
 
 
+def test_asid_is_held_as_long_as_private_memory_is(snp, memfd, client, accounting):
+    snp.encrypt()
+    snp.release()
+    assert accounting.charged == {"sev_es": 1}
+    client.file(memfd).release()
+    assert accounting.charged == {"sev_es": 0}
+
+
 def test_slot_with_private_pages_stays_as_it_is(snp, memfd):
     put(snp, flags=PRIVATE, guest_memfd=memfd)
     moved = {"gpa": 0x100000, "flags": PRIVATE, "guest_memfd": memfd}

@@ -43,8 +43,25 @@ def test_file_is_named_after_the_creator(kvm):
     assert names == [b"kvm-1234", b"kvm-1234/vcpu-3"]
 
 
-def test_file_outlives_its_vm(kvm):
-    vm = kvm().create_vm(0, 1)
+def test_file_keeps_its_vm_alive(kvm):
+    system = kvm()
+    vm = system.create_vm(0, 1)
+    vcpu = vm.create_vcpu(0)
+    files = [file.ioctl(ioctls.KVM_GET_STATS_FD) for file in (vm, vcpu)]
+    vm.release()
+    vcpu.release()
+    left = [system.statistics().vms]
+    for file in files:
+        file.release()
+        file.release()
+        left.append(system.statistics().vms)
+    assert left == [1, 1, 0]
+
+
+def test_end_of_the_owner_closes_the_file_too(kvm):
+    system = kvm()
+    vm = system.create_vm(0, 1)
     file = vm.ioctl(ioctls.KVM_GET_STATS_FD)
     vm.close()
+    assert system.statistics().vms == 0
     assert sum(values(file).values()) == 0
