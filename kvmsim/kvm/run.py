@@ -28,7 +28,6 @@ from kvmsim.abi.caps import (
 )
 from kvmsim.abi.exits import KVM_RUN_X86_BUS_LOCK, Exit
 from kvmsim.abi.ioctls import KVM_RUN
-from kvmsim.abi.run import KVM_SYNC_X86_VALID_FIELDS
 from kvmsim.engine.base import (
     BusLock,
     Debug,
@@ -42,18 +41,14 @@ from kvmsim.engine.base import (
     Signal,
 )
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, debug, exits, protected, sev, sync_regs
+from kvmsim.kvm import bus_lock, debug, exits, sev
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import (
     U16_FLAGS,
-    U16_READY_AND_IF,
     U16_WISHES,
     U32_EXIT_REASON,
-    U64_APIC_BASE,
-    U64_CR8,
-    U64_DIRTY_REGS,
-    U64_VALID_REGS,
 )
+from kvmsim.kvm.sync_regs import store_page, take_over_page
 
 if TYPE_CHECKING:
     from kvmsim.engine.base import Stop
@@ -95,7 +90,6 @@ THROTTLED = Throttled()
 
 #: What the processor reports when it cannot enter the guest (AMD, VMEXIT_INVALID).
 SVM_EXIT_ERR = 0xFFFF_FFFF_FFFF_FFFF
-CR8_MAX = 15
 
 # Where a vCPU is. Plain numbers: they are compared at every step.
 OUT = 0  # in user space
@@ -147,17 +141,17 @@ def kvm_run(vcpu: Vcpu, now_ns: int) -> Blocked | None:
     run.u16[U16_FLAGS] = 0
     if vcpu.mp_state == KVM_MP_STATE_UNINITIALIZED:
         if immediate_exit:
-            _store(vcpu)
+            store_page(vcpu)
             raise KvmError(EINTR, "immediate_exit")
         vcpu.phase = WAIT_SIPI
         return Halted()
-    _take_over_page(vcpu)
+    take_over_page(vcpu)
     if vcpu.pending is not None:
         _complete(vcpu)
     if vcpu.intercepted:
         bus_lock.compare_rip(vcpu)
     if immediate_exit:
-        _store(vcpu)
+        store_page(vcpu)
         raise KvmError(EINTR, "immediate_exit")
     if (vm.needs_init or vm.sev_active) and not _may_enter_encrypted(vcpu):
         return None
@@ -172,7 +166,7 @@ def kvm_run(vcpu: Vcpu, now_ns: int) -> Blocked | None:
 def _may_enter_encrypted(vcpu: Vcpu) -> bool:
     """Whether an encrypted VM is ready; False: the exit is in the page."""
     if vcpu.vm.needs_init:
-        _store(vcpu)
+        store_page(vcpu)
         raise KvmError(EINVAL, "an encrypted VM runs after KVM_SEV_INIT2")
     if sev.may_enter(vcpu.vm):
         return True
@@ -201,7 +195,7 @@ def resume(vcpu: Vcpu, now_ns: int) -> Blocked | None:
         return enter(vcpu, now_ns)
     if phase == SIPI:
         vcpu.phase = OUT
-        _store(vcpu)
+        store_page(vcpu)
         raise KvmError(EAGAIN, "started")
     msg = f"vCPU {vcpu.id} has nothing to go on with: {PHASES[phase]}"
     raise RuntimeError(msg)
@@ -234,7 +228,7 @@ def interrupt(vcpu: Vcpu, now_ns: int, guest_ns: int | None = None) -> None:
             vcpu.throttled_ns += now_ns - vcpu.since_ns
     vcpu.run.u32[U32_EXIT_REASON] = Exit.INTR
     vcpu.exits[Exit.INTR] += 1
-    _store(vcpu)
+    store_page(vcpu)
     raise KvmError(EINTR, "signal")
 
 
@@ -310,7 +304,7 @@ def leave(vcpu: Vcpu, reason: int, flags: int) -> None:
     run.u16[U16_FLAGS] = flags
     vcpu.exits[reason] += 1
     vcpu.phase = OUT
-    _store(vcpu)
+    store_page(vcpu)
 
 
 def _stopped(vcpu: Vcpu, stop: Stop, now_ns: int) -> Blocked | None:
@@ -375,41 +369,3 @@ def _complete(vcpu: Vcpu) -> None:
         exits.complete_io(vcpu, stop)
     elif isinstance(stop, Mmio):
         exits.complete_mmio(vcpu, stop)
-
-
-def _take_over_page(vcpu: Vcpu) -> None:
-    """Read what user space left in the page for this run."""
-    run = vcpu.run
-    valid, dirty = run.u64[U64_VALID_REGS], run.u64[U64_DIRTY_REGS]
-    if valid or dirty:
-        hidden = protected.has_protected_state(vcpu.vm)
-        if (valid | dirty) & ~(0 if hidden else KVM_SYNC_X86_VALID_FIELDS):
-            _store(vcpu)
-            raise KvmError(EINVAL, "unsupported register set")
-        if dirty:
-            _apply(vcpu, dirty)
-    if not vcpu.vm.irqchip:
-        cr8 = run.u64[U64_CR8]
-        if cr8 > CR8_MAX:
-            _store(vcpu)
-            raise KvmError(EINVAL, f"CR8 {cr8:#x}")
-        vcpu.cr8 = cr8
-
-
-def _apply(vcpu: Vcpu, dirty: int) -> None:
-    try:
-        sync_regs.take_over(vcpu, dirty)
-    except KvmError:
-        _store(vcpu)
-        raise
-
-
-def _store(vcpu: Vcpu) -> None:
-    """Fill the part of the page that is the same for every way out."""
-    run = vcpu.run
-    run.u16[U16_READY_AND_IF] = vcpu.ready_and_if
-    run.u64[U64_CR8] = vcpu.cr8
-    run.u64[U64_APIC_BASE] = vcpu.apic_base
-    valid = run.u64[U64_VALID_REGS]
-    if valid:
-        sync_regs.store(vcpu, valid)

@@ -9,7 +9,7 @@ from kvmsim.abi.structs import KVM_REGS
 from kvmsim.engine.base import Hlt
 from kvmsim.engine.scripted import Scripted
 from kvmsim.errors import KvmError
-from kvmsim.kvm import events, sregs
+from kvmsim.kvm import events, protected, sregs
 
 REGS, SREGS, EVENTS = 304, 448, 760
 
@@ -78,6 +78,20 @@ def test_refused_set_stays_dirty_and_those_before_it_are_applied(vcpu):
     assert error.value.errno == EINVAL
     assert vcpu.rip == 0x100
     assert vcpu.run.kvm_dirty_regs == 6
+
+
+def test_encrypted_registers_are_not_shown(kvm):
+    sev_es = 'vendor = "amd"\n[sev]\nmax-asid = 9\nmin-sev-asid = 5\n'
+    vm = kvm(sev_es).create_vm(3, 1)
+    vm.encrypt()
+    vcpu = vm.create_vcpu(0)
+    vcpu.set_regs(KVM_REGS.pack(rax=0x5EC2E7))
+    protected.protect(vcpu)
+    vcpu.run.kvm_valid_regs = 7
+    with pytest.raises(KvmError) as error:
+        vcpu.kvm_run(0)
+    assert error.value.errno == EINVAL
+    assert bytes(vcpu.run.memory[REGS : REGS + 144]) == bytes(144)
 
 
 def test_task_priority_wider_than_it_is(vcpu):
