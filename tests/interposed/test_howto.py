@@ -10,8 +10,8 @@ from sessions.session import fuse, shell
 __all__ = ["fuse", "shell"]
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = sorted((DOCS / "howto").glob("*.md"))
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [page for page in sorted((DOCS / "howto").glob("*.md")) if BLOCK.search(page.read_text())]
 NEEDED = {"qemu.md": ["qemu-system-x86_64"]}
 # Between what one command printed and the next; no control file or program here prints it.
 MARK = "\036"
