@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     )
     from kvmsim.kvm.vcpu import Vcpu
 
+# Looked up once: see kvmsim.kvm.run.
+HLT, IO, MMIO = Exit.HLT, Exit.IO, Exit.MMIO
+
 DR6_ACTIVE_LOW = 0xFFFF0FF0
 DR6_BUS_LOCK = 1 << 11
 READY_AND_IF = 0x0101
@@ -41,7 +44,7 @@ def hlt(vcpu: Vcpu, stop: Hlt, now_ns: int) -> int | None:
     """HLT: to user space without an in-kernel APIC, else a wait inside KVM."""
     retire(vcpu, stop)
     if not vcpu.vm.irqchip:
-        return Exit.HLT
+        return HLT
     vcpu.mp_state = KVM_MP_STATE_HALTED
     after_ns = stop.wake_after_ns
     vcpu.wake_at_ns = None if after_ns is None else now_ns + after_ns
@@ -69,7 +72,7 @@ def io(vcpu: Vcpu, stop: Io) -> int | None:
         direction, count = KVM_EXIT_IO_IN, stop.count
     pack_into("<BBHIQ", vcpu.run.memory, 32, direction, size, stop.port, count, PIO_DATA_OFFSET)
     vcpu.pending, vcpu.pending_rip = stop, vcpu.rip
-    return Exit.IO
+    return IO
 
 
 def complete_io(vcpu: Vcpu, stop: Io) -> None:
@@ -95,7 +98,7 @@ def mmio(vcpu: Vcpu, stop: Mmio) -> int | None:
     size = len(data) if data else stop.size
     pack_into("<Q8sIB", vcpu.run.memory, 32, stop.gpa, data, size, bool(data))
     vcpu.pending, vcpu.pending_rip = stop, vcpu.rip
-    return Exit.MMIO
+    return MMIO
 
 
 def complete_mmio(vcpu: Vcpu, stop: Mmio) -> None:
