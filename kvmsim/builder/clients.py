@@ -17,6 +17,7 @@ from cgfs.control.errors import CommandError, from_errno
 from kvmsim.builder.client_vms import ClientVms
 from kvmsim.control.client_messages import (
     Attached,
+    BusLockRequest,
     Process,
     Settled,
     Situation,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from cgfs.core.cftype import CFType
     from kvmsim.builder.host import Host
     from kvmsim.control.client_messages import (
-        BusLockRequest,
         EndCharge,
         ForCaller,
         FreeKey,
@@ -297,16 +297,22 @@ class ClientSession:
             now_ns = self._host.timeline.now_ns
             self._host.accounting.bus_lock_withdraw(waiter, now_ns)
 
-    def cancel(self, params: WaiterNumber) -> None:
-        """Drop what a vCPU waits for or owes."""
+    def cancel(self, params: BusLockRequest) -> None:
+        """Drop what a vCPU waits for or owes; it need not have asked for it."""
+        self._host.catch_up()
         waiter = self._waiters.pop(params.waiter, None)
-        if waiter is not None:
-            self._host.catch_up()
-            self._host.accounting.bus_lock_cancel(waiter, self._host.timeline.now_ns)
+        if waiter is None:
+            try:
+                process = self._follow(params.pid)
+            except CommandError:  # it ended, and its descriptors with it
+                return
+            waiter = ClientWaiter(params.waiter, process, self._admitted)
+        now_ns = self._host.timeline.now_ns
+        self._host.accounting.bus_lock_cancel(waiter.process.pid, waiter, now_ns)
 
     def _admitted(self, waiter: ClientWaiter) -> None:
-        del self._waiters[waiter.number]
-        self._notify("admitted", WaiterNumber(waiter.number))
+        if self._waiters.pop(waiter.number, None) is not None:
+            self._notify("admitted", WaiterNumber(waiter.number))
 
     def requeue(self, process: FollowedProcess, now_ns: int) -> None:
         """A process is in another cgroup: what it waits for, waits there."""
@@ -392,8 +398,8 @@ class ClientSession:
         self._all_settled()
         for number in list(self._followed):
             self.unfollow(Process(number))
-        for waiter in list(self._waiters):
-            self.cancel(WaiterNumber(waiter))
+        for waiter in list(self._waiters.values()):
+            self.cancel(BusLockRequest(waiter.process.number, waiter.number))
         for tdx, number in list(self._keys):
             self._free(number, AsidCharge("", ()), tdx=tdx)
         for number in list(self._charges):

@@ -94,7 +94,7 @@ class WhereCharged(msgspec.Struct, frozen=True):
 
 
 class BusLockRequest(msgspec.Struct, frozen=True):
-    """Parameters of ``client.bus_lock``.
+    """Parameters of ``client.bus_lock`` and ``client.cancel``.
 
     Attributes:
         pid: the process whose vCPU took the lock.
@@ -106,7 +106,7 @@ class BusLockRequest(msgspec.Struct, frozen=True):
 
 
 class WaiterNumber(msgspec.Struct, frozen=True):
-    """Parameters of ``client.withdraw`` and ``client.cancel``, and of the notice ``admitted``."""
+    """Parameters of ``client.withdraw``, and of the notice ``admitted``."""
 
     waiter: int
 

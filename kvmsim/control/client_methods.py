@@ -67,7 +67,7 @@ class ClientApi(Protocol):
     def withdraw(self, params: WaiterNumber) -> None:
         """Interrupt a wait."""
 
-    def cancel(self, params: WaiterNumber) -> None:
+    def cancel(self, params: BusLockRequest) -> None:
         """Drop what a vCPU waits for or owes."""
 
     def follow(self, params: Process) -> Situation:
@@ -101,7 +101,7 @@ _CALLS: dict[str, type[Any]] = {
     "is_charged_to": WhereCharged,
     "bus_lock": BusLockRequest,
     "withdraw": WaiterNumber,
-    "cancel": WaiterNumber,
+    "cancel": BusLockRequest,
     "follow": Process,
     "unfollow": Process,
     "report": VmReport,

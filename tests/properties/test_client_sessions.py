@@ -139,10 +139,10 @@ class Sessions(RuleBasedStateMachine):
     @rule(who=SESSIONS, waiter=NUMBERS, how=st.sampled_from(["bus_lock", "withdraw", "cancel"]))
     def lock(self, who, waiter, how):
         session = self.sessions[who]
-        if how == "bus_lock":
-            session.bus_lock(BusLockRequest(self.pids[who], waiter))
+        if how == "withdraw":
+            session.withdraw(WaiterNumber(waiter))
         else:
-            getattr(session, how)(WaiterNumber(waiter))
+            getattr(session, how)(BusLockRequest(self.pids[who], waiter))
 
     @rule(who=SESSIONS, limit=st.sampled_from(["1 1000000", "max"]))
     def limit(self, who, limit):

@@ -3,7 +3,8 @@
 import pytest
 import trio
 
-from kvmsim.control.client_messages import Process, Situation
+from kvmsim.control.client_messages import Process, Situation, VmReport
+from kvmsim.control.messages import Nothing
 
 
 class Vcpu:
@@ -80,6 +81,30 @@ async def test_cancelled_wait_is_dropped(served, limited, in_thread):
     await in_thread(limited.bus_lock_cancel, 100, vcpu, 0)
     await until(lambda: stat(served)["nr_cancelled"] == 1)
     await trio.sleep(0.06)
+    limited._connection.poll()
+    assert vcpu.admissions == []
+
+
+async def test_lock_that_was_never_asked_for_is_dropped_too(served, limited, in_thread):
+    await in_thread(limited.bus_lock_cancel, 100, Vcpu(), 0)
+    await until(lambda: stat(served)["nr_cancelled"] == 1)
+
+
+async def test_lock_of_a_process_that_has_ended_is_dropped_without_a_word(
+    served, limited, in_thread, caplog
+):
+    await in_thread(limited.bus_lock_cancel, 4711, Vcpu(), 0)
+    await in_thread(limited._connection.call, "client.report", VmReport(), Nothing)
+    assert caplog.messages == []
+
+
+async def test_admission_that_comes_with_the_end_of_a_vcpu_is_not_told(served, limited, in_thread):
+    vcpu = Vcpu()
+    await in_thread(limited.bus_lock, 100, vcpu, 0)
+    served.host.catch_up = lambda: None  # the limiter looks at the time only when it is told
+    await trio.sleep(0.06)
+    await in_thread(limited.bus_lock_cancel, 100, vcpu, 0)
+    await in_thread(limited._connection.call, "client.report", VmReport(), Nothing)
     limited._connection.poll()
     assert vcpu.admissions == []
 
