@@ -238,7 +238,7 @@ class Supervisor:
         if file is None:
             self.listener.go_on(number)
             return
-        if type(file) is Vcpu and file.phase != OUT:
+        if type(file) is Vcpu and file.phase != OUT and self._waits(file, thread, notification):
             self._runs[file].waiting.append(notification)
             return
         self._carry_out(notification, thread, file, request & _LOW32, arg)
@@ -282,6 +282,19 @@ class Supervisor:
             self.listener.go_on(notification[0])
         else:
             self.listener.answer(notification[0], max(result, 0), max(-result, 0))
+
+    def _waits(self, vcpu: Vcpu, thread: Thread, notification: Notification) -> bool:
+        """Whether a call has to wait for a vCPU in KVM_RUN.
+
+        Linux refuses callers from another address space, and a dead VM, before it takes the vCPU's
+        mutex (6.12 ``kvm_vcpu_ioctl``).
+        """
+        try:
+            caller, _ = self._caller(thread, vcpu, 0, notification[3])
+            vcpu.check(caller)
+        except (OSError, KvmError):
+            return False
+        return True
 
     def _carry_out(
         self, notification: Notification, thread: Thread, file: KvmFile, request: int, arg: int

@@ -1,5 +1,6 @@
 import logging
 import os
+import subprocess
 from contextlib import asynccontextmanager
 from errno import EBUSY, EFAULT, EINTR, EIO
 
@@ -70,9 +71,9 @@ class Client:
         self.kvm = kvm
         self.number = 0
 
-    def begin(self, fd, request, arg=0, nr=NR_IOCTL):
+    def begin(self, fd, request, arg=0, nr=NR_IOCTL, tid=ME):
         self.number += 1
-        self.supervisor.handle((self.number, ME, nr, 0, fd, request, arg))
+        self.supervisor.handle((self.number, tid, nr, 0, fd, request, arg))
         return self.number
 
     def call(self, fd, request, arg=0):
@@ -152,6 +153,19 @@ async def test_calls_for_a_running_vcpu_wait_for_the_end_of_the_run(autojump_clo
             -EFAULT,
             0,
         )
+        os.close(vcpu)
+
+
+async def test_call_that_is_refused_anyway_does_not_wait_for_the_end_of_the_run(autojump_clock):
+    async with serving(Hlt()) as client:
+        vcpu = client.vcpu(irqchip=True)
+        run = client.begin(vcpu, KVM_RUN)
+        with subprocess.Popen(["sleep", "60"], pass_fds=[vcpu]) as other:
+            foreign = client.begin(vcpu, KVM_GET_MP_STATE, tid=other.pid)
+            other.kill()
+        assert client.answer(foreign) == -EIO
+        client.supervisor.interrupt_all()
+        assert client.answer(run) == -EINTR
         os.close(vcpu)
 
 
