@@ -28,6 +28,7 @@ IA32_MCG_CTL: Final = 0x17B
 IA32_MISC_ENABLE: Final = 0x1A0
 IA32_DEBUGCTL: Final = 0x1D9
 LAST_BRANCH: Final = (0x1DB, 0x1DC, 0x1DD, 0x1DE)
+IA32_POWER_CTL: Final = 0x1FC
 MTRR_VARIABLE: Final = range(0x200, 0x210)
 MTRR_FIXED: Final = (0x250, 0x258, 0x259, *range(0x268, 0x270))
 IA32_CR_PAT: Final = 0x277
@@ -73,6 +74,33 @@ MCI_STATUS_UC: Final = 1 << 61
 MCG_STATUS_MCIP: Final = 1 << 2
 """Bits of the machine check registers."""
 
+#: Registers of old processors that old guests read: a constant, and no write.
+READ_ONLY: Final = {
+    **dict.fromkeys((0x0, 0x1), 0),  # P5 machine checks
+    PLATFORM_ID: 0,
+    EBL_CR_POWERON: 0,
+    0x2C: 1 << 24,  # EBC_FREQUENCY_ID
+    0xCD: 3,  # FSB_FREQ
+    MTRRCAP: 0x508,
+    0x198: 4 << 40 | 1000,  # IA32_PERF_STATUS
+    0x199: 0,  # IA32_PERF_CTL
+    **dict.fromkeys((0x606, 0x611, 0x619, 0x639, 0x641), 0),  # running average power limit
+    AMD_SYSCFG: 0,
+    0xC0010055: 0,  # INT_PENDING_MSG
+    **dict.fromkeys((0xC0010112, 0xC0010113), 0),  # TSEG
+}
+#: The same, but writes are accepted without effect.
+WRITES_IGNORED: Final = {
+    **dict.fromkeys((0xC1, 0xC2, 0x186, 0x187), 0),  # P6 counters
+    0x11E: 0xBE702111,  # BBL_CR_CTL3
+    **dict.fromkeys(range(0xC0010000, 0xC0010008), 0),  # K7 counters
+    0xC001001B: 0x20000000,  # K7_CLK_CTL
+    **dict.fromkeys((0xC001001F, 0xC0011022, 0xC0011023, 0xC001102A, 0xC001102C), 0),
+}
+#: Microcode updates: accepted without effect, and cannot be read.
+WRITE_ONLY: Final = (IA32_UCODE_WRITE, 0xC0010020)
+MMIO_CONF_BASE: Final = 0xC0010058
+
 PAT_RESET: Final = 0x0007040600070406
 MISC_ENABLE_FAST_STRING: Final = 1
 PLATFORM_INFO_CPUID_FAULT: Final = 1 << 31
@@ -92,7 +120,7 @@ _EMULATED_COMMON: Final = (
     *(KVM_ASYNC_PF_EN, KVM_ASYNC_PF_INT, KVM_ASYNC_PF_ACK, KVM_STEAL_TIME, KVM_PV_EOI_EN),
     *(IA32_TSC_ADJUST, IA32_TSC_DEADLINE, IA32_ARCH_CAPABILITIES, IA32_PERF_CAPABILITIES),
     *(IA32_MISC_ENABLE, IA32_MCG_STATUS, IA32_MCG_CTL, SMI_COUNT, PLATFORM_INFO),
-    *(MISC_FEATURES_ENABLES, IA32_UCODE_REV, KVM_POLL_CONTROL),
+    *(MISC_FEATURES_ENABLES, IA32_POWER_CTL, IA32_UCODE_REV, KVM_POLL_CONTROL),
 )
 SAVED: Final = {
     "amd": (

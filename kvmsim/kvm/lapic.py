@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errno import EEXIST, EFAULT, EINVAL, ENOTTY, ENXIO
+from errno import EEXIST, EINVAL, ENOTTY, ENXIO
 from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from kvmsim.abi.regs import (
     KVM_VAPIC_ADDR,
 )
 from kvmsim.errors import KvmError
-from kvmsim.kvm import events, irqchip, vcpu_events
+from kvmsim.kvm import events, irqchip, memslots, vcpu_events
 from kvmsim.kvm.dispatch import VcpuFile, handles, state_of
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def set_vapic_addr(vcpu: Vcpu, call: Call) -> int:
     """Share the task priority with user space through guest memory."""
     _in_kernel(vcpu)
     address = KVM_VAPIC_ADDR.get(call.read(KVM_VAPIC_ADDR.size_bytes), "vapic_addr")
-    if address >= 1 << 52:
-        raise KvmError(EFAULT, f"no guest memory at {address:#x}")
+    if address and memslots.of(vcpu.vm).find(address) is None:
+        raise KvmError(EINVAL, f"no guest memory at {address:#x}")
     of(vcpu).vapic_addr = address
     return 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from kvmsim.abi import msrs as abi
-from kvmsim.kvm import cpuid
+from kvmsim.kvm import cpuid, memslots
 from kvmsim.kvm.dispatch import state_of
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ IGNORED: Final = -1
 MTRR_TYPES = frozenset({0, 1, 4, 5, 6})
 PAT_TYPES = MTRR_TYPES | {7}
 ASYNC_PF_RESERVED = 0x30
+#: Enabled, and announced by an interrupt.
+ASYNC_PF_ON = 0x9
 STEAL_TIME_RESERVED = 0x3E
 U32_MAX = 0xFFFF_FFFF
 
@@ -63,6 +65,21 @@ def _any(vcpu: Vcpu, value: int) -> int:
 def _ignore(vcpu: Vcpu, value: int) -> int:
     del vcpu, value
     return IGNORED
+
+
+def _refuse(vcpu: Vcpu, value: int) -> None:
+    del vcpu, value
+
+
+def _in_memory(vcpu: Vcpu, address: int) -> bool:
+    """Whether a slot is behind a guest address that KVM is to write to."""
+    return memslots.of(vcpu.vm).find(address) is not None
+
+
+def _arch_capabilities(vcpu: Vcpu, value: int) -> int | None:
+    """Anything, for a guest whose CPUID shows the register."""
+    has = cpuid.guest_register(vcpu, 7, "edx") >> 29 & 1
+    return value if has or not value else None
 
 
 def _canonical(vcpu: Vcpu, value: int) -> int | None:
@@ -121,7 +138,8 @@ def _async_pf(vcpu: Vcpu, value: int) -> int | None:
     """Asynchronous page faults need a local APIC in the kernel to be announced."""
     if value & ASYNC_PF_RESERVED or (value and not vcpu.vm.irqchip):
         return None
-    return value
+    on = value & ASYNC_PF_ON == ASYNC_PF_ON
+    return None if on and not _in_memory(vcpu, value & ~0x3F) else value
 
 
 def _async_pf_int(vcpu: Vcpu, value: int) -> int | None:
@@ -135,14 +153,13 @@ def _tsc_adjust(vcpu: Vcpu, value: int) -> int:
 
 
 def _pv_eoi(vcpu: Vcpu, value: int) -> int | None:
-    return None if value & 2 or (value and not vcpu.vm.irqchip) else value
+    return None if value & 2 or (value & 1 and not _in_memory(vcpu, value & ~1)) else value
 
 
 def _tsc_aux(vcpu: Vcpu, value: int) -> int | None:
-    """Intel refuses what is wider than 32 bits, AMD drops it."""
-    if value > U32_MAX and vcpu.vm.machine.preset.vendor == "intel":
-        return None
-    return value & U32_MAX
+    """Intel refuses what is wider than 32 bits, AMD drops it; the guest's CPUID says which."""
+    amd = cpuid.guest_register(vcpu, 0, "ebx") == int.from_bytes(b"Auth", "little")
+    return None if value > U32_MAX and not amd else value & U32_MAX
 
 
 def _only_zero(vcpu: Vcpu, value: int) -> int | None:
@@ -173,18 +190,19 @@ class Rule:
 
 
 RULES: Final[dict[int, Rule]] = {
+    **{index: Rule(value, accept=_refuse) for index, value in abi.READ_ONLY.items()},
+    **{index: Rule(value, accept=_ignore) for index, value in abi.WRITES_IGNORED.items()},
+    **{index: Rule(accept=_ignore) for index in abi.WRITE_ONLY},
+    abi.MMIO_CONF_BASE: Rule(accept=_only_zero),
+    abi.IA32_POWER_CTL: Rule(),
     abi.KVM_WALL_CLOCK: Rule(),
     abi.KVM_SYSTEM_TIME: Rule(),
-    abi.PLATFORM_ID: Rule(accept=_only_zero),
-    abi.EBL_CR_POWERON: Rule(accept=_only_zero),
     abi.SMI_COUNT: Rule(),
     abi.IA32_FEAT_CTL: Rule(vendor="intel", accept=_bits(0x1)),
     abi.IA32_TSC_ADJUST: Rule(accept=_tsc_adjust),
-    abi.IA32_UCODE_WRITE: Rule(accept=_ignore),
     abi.IA32_UCODE_REV: Rule(of_host=True),
     abi.PLATFORM_INFO: Rule(abi.PLATFORM_INFO_CPUID_FAULT),
-    abi.MTRRCAP: Rule(0x508, accept=lambda vcpu, value: None),
-    abi.IA32_ARCH_CAPABILITIES: Rule(),
+    abi.IA32_ARCH_CAPABILITIES: Rule(accept=_arch_capabilities),
     abi.MISC_FEATURES_ENABLES: Rule(accept=_cpuid_faulting),
     abi.IA32_SYSENTER_CS: Rule(),
     abi.IA32_SYSENTER_ESP: Rule(accept=_made_canonical),
@@ -211,7 +229,6 @@ RULES: Final[dict[int, Rule]] = {
     abi.SYSCALL_MASK: Rule(),
     abi.KERNEL_GS_BASE: Rule(accept=_canonical),
     abi.TSC_AUX: Rule(accept=_tsc_aux),
-    abi.AMD_SYSCFG: Rule(vendor="amd", accept=_only_zero),
     abi.AMD_HWCR: Rule(vendor="amd", accept=_hwcr),
     abi.AMD_VM_CR: Rule(vendor="amd", accept=_only_zero),
     abi.AMD_VM_HSAVE_PA: Rule(vendor="amd"),

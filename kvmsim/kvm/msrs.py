@@ -49,6 +49,8 @@ def read(vcpu: Vcpu, index: int, now_ns: int) -> int | None:
 
 
 def _read_stored(vcpu: Vcpu, index: int) -> int | None:
+    if index in abi.WRITE_ONLY:
+        return None
     vendor = vcpu.vm.machine.preset.vendor
     value = state_of(vcpu, msr_rules.Msrs).values.get(index)
     if value is not None:

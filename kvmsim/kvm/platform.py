@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from kvmsim.abi.ioctls import (
     KVM_CREATE_DEVICE,
-    KVM_GET_NR_MMU_PAGES,
     KVM_SET_IDENTITY_MAP_ADDR,
     KVM_SET_NR_MMU_PAGES,
     KVM_SET_PMU_EVENT_FILTER,
@@ -81,13 +80,6 @@ def set_nr_mmu_pages(vm: Vm, call: Call) -> int:
         raise KvmError(EINVAL, f"{call.value} shadow pages")
     of(vm).nr_mmu_pages = call.value
     return 0
-
-
-@handles(VmFile, KVM_GET_NR_MMU_PAGES)
-def get_nr_mmu_pages(vm: Vm, call: Call) -> int:
-    """The limit of shadow pages as set."""
-    del call
-    return of(vm).nr_mmu_pages & 0x7FFF_FFFF
 
 
 @handles(VmFile, KVM_SET_PMU_EVENT_FILTER)

@@ -8,7 +8,8 @@ from kvmsim.kvm.client import LocalClient, copy_from_user, copy_to_user
 from kvmsim.kvm.dispatch import SystemFile, VcpuFile, VmFile, handles
 from kvmsim.kvm.system import System
 
-#: Hyper-V, nested virtualisation, dirty rings and pre-faulting; a VM has no attributes on x86.
+#: Hyper-V, nested virtualisation, dirty rings and pre-faulting; a VM has no attributes on x86, and
+#: Linux has dropped KVM_GET_NR_MMU_PAGES.
 NOT_SERVED = {
     "SystemFile.KVM_GET_SUPPORTED_HV_CPUID",
     "VcpuFile.KVM_GET_NESTED_STATE",
@@ -16,6 +17,7 @@ NOT_SERVED = {
     "VcpuFile.KVM_PRE_FAULT_MEMORY",
     "VcpuFile.KVM_SET_NESTED_STATE",
     "VmFile.KVM_GET_DEVICE_ATTR",
+    "VmFile.KVM_GET_NR_MMU_PAGES",
     "VmFile.KVM_HAS_DEVICE_ATTR",
     "VmFile.KVM_HYPERV_EVENTFD",
     "VmFile.KVM_RESET_DIRTY_RINGS",

@@ -1,4 +1,4 @@
-from errno import EEXIST, EINVAL, EIO, ENOTTY
+from errno import EEXIST, EFAULT, EINVAL, EIO, ENOTTY
 
 import pytest
 
@@ -55,3 +55,16 @@ def test_row_112_vcpu_works_after_its_vm_descriptor_is_closed(world, vm, vcpu):
 def test_row_111_another_address_space_is_eio_whatever_it_asks(world, vm, vcpu):
     assert world.foreign_ioctl(vm, 0xAEFF) == (-1, EIO)
     assert world.foreign_ioctl(vcpu, 0x5300) == (-1, EIO)
+
+
+@pytest.mark.parametrize(
+    ("request_number", "of_null"),
+    [
+        pytest.param(ioctls.KVM_MEMORY_ENCRYPT_OP, ENOTTY, id="row 37"),
+        pytest.param(ioctls.KVM_MEMORY_ENCRYPT_REG_REGION, EFAULT, id="row 38"),
+        pytest.param(ioctls.KVM_MEMORY_ENCRYPT_UNREG_REGION, EFAULT, id="row 39"),
+    ],
+)
+def test_memory_encryption_there_is_not(world, vm, request_number, of_null):
+    assert world.ioctl(vm, request_number, 0) == (-1, of_null)
+    assert world.ioctl(vm, request_number, bytearray(24)) == (-1, ENOTTY)

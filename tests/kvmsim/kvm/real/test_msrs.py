@@ -3,6 +3,7 @@ from errno import E2BIG, EFAULT, EINVAL
 import pytest
 
 from kvmsim.abi import ioctls, msrs
+from kvmsim.abi.memory import KVM_USERSPACE_MEMORY_REGION
 from kvmsim.abi.structs import KVM_MSR_ENTRY, KVM_MSR_FILTER, KVM_MSR_FILTER_RANGE, KVM_MSRS
 
 U64_MAX = (1 << 64) - 1
@@ -256,3 +257,38 @@ def test_filter_that_denies_all_but_some(world, vm):
     address, _ = world.pages(1)
     data = msr_filter(1, nmsrs=8, flags=3, base=0x174, bitmap=address)
     assert world.ioctl(vm, ioctls.KVM_X86_SET_MSR_FILTER, data) == (0, 0)
+
+
+@pytest.mark.parametrize("index", msrs.READ_ONLY)
+def test_register_of_an_old_processor_is_a_constant(get, put, index):
+    assert get(index) == msrs.READ_ONLY[index]
+    assert not put(index, 0)
+
+
+@pytest.mark.parametrize("index", msrs.WRITES_IGNORED)
+def test_writes_to_some_have_no_effect(get, put, index):
+    assert put(index, 1)
+    assert get(index) == msrs.WRITES_IGNORED[index]
+
+
+@pytest.mark.parametrize("index", msrs.WRITE_ONLY)
+def test_microcode_update_cannot_be_read(get, put, index):
+    assert put(index, 0)
+    assert get(index) is None
+
+
+def test_addresses_kvm_writes_to_are_in_memory(world, vm, put):
+    assert not put(msrs.KVM_PV_EOI_EN, 0x1001)
+    assert put(msrs.KVM_PV_EOI_EN, 0x1000)
+    assert not put(msrs.KVM_PV_EOI_EN, 0x1002)
+    hva, _ = world.pages(16)
+    region = KVM_USERSPACE_MEMORY_REGION.pack(memory_size=16 * 4096, userspace_addr=hva)
+    world.ioctl(vm, ioctls.KVM_SET_USER_MEMORY_REGION, region)
+    assert put(msrs.KVM_PV_EOI_EN, 0x1001)
+
+
+@pytest.mark.parametrize(("index", "good", "bad"), [(0x10A, 0, 1), (0xC0000103, 5, 1 << 32)])
+def test_values_without_a_cpuid(get, put, index, good, bad):
+    assert put(index, good)
+    assert not put(index, bad)
+    assert get(index) == good
