@@ -22,7 +22,6 @@ NOTIF_SET_FLAGS: Final = 0x40082104
 
 SYNC_WAKE_UP: Final = 1
 FLAG_CONTINUE: Final = 1
-ADDFD_FLAG_SEND: Final = 2
 
 NOTIF_BYTES: Final = 80
 #: id, pid, flags, nr, arch, instruction pointer, arguments 0 to 5.
@@ -98,8 +97,11 @@ class Listener:
         """Let the kernel carry the call out; False if the caller is gone."""
         return self._send(RESPONSE.pack(number, 0, 0, FLAG_CONTINUE))
 
-    def answer_with_descriptor(self, number: int, fd: int, flags: int = os.O_CLOEXEC) -> int:
+    def answer_with_descriptor(self, number: int, fd: int) -> int:
         """Install a copy of a descriptor in the caller and let the call return its number.
+
+        In two steps. ``SECCOMP_ADDFD_FLAG_SEND`` makes it one, but a signal to this process at that
+        moment leaves the call answered with 0 and nothing installed (Linux 6.18 ``seccomp.c``).
 
         Returns:
             That number.
@@ -108,8 +110,10 @@ class Listener:
             OSError: ENOENT the caller is gone; EMFILE and the like: it has no room, and the call
                 still waits for its answer.
         """
-        request = bytearray(ADDFD.pack(number, ADDFD_FLAG_SEND, fd, 0, flags))
-        return int(fcntl.ioctl(self.fd, NOTIF_ADDFD, request))
+        installed = self.install(number, fd)
+        if not self.answer(number, installed):
+            raise OSError(ENOENT, "the caller is gone")
+        return installed
 
     def install(self, number: int, fd: int) -> int:
         """Give the caller a copy of a descriptor, and leave it waiting; the copy's number.
@@ -118,7 +122,11 @@ class Listener:
             OSError: as ``answer_with_descriptor``.
         """
         request = bytearray(ADDFD.pack(number, 0, fd, 0, os.O_CLOEXEC))
-        return int(fcntl.ioctl(self.fd, NOTIF_ADDFD, request))
+        while True:
+            try:
+                return int(fcntl.ioctl(self.fd, NOTIF_ADDFD, request))
+            except InterruptedError:  # then nothing was installed
+                continue
 
     def is_valid(self, number: int) -> bool:
         """Whether the caller still waits for the answer."""

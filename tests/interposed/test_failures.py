@@ -47,6 +47,20 @@ def test_termination_of_the_supervisor_reaches_the_client(compiled):
             os.kill(client, 0)
 
 
+def test_signals_to_the_supervisor_do_not_reach_calls_that_make_descriptors(
+    halted, compiled, capfd
+):
+    halted.limit_asids(1)
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+    try:
+        status = halted.run(compiled("churn"), 400)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert (capfd.readouterr().out, status) == ("", 0)
+
+
 def test_stopped_client_leaves_kvm_run_and_stops(compiled):
     command = [sys.executable, SUPERVISE, compiled("orphan"), "runs"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor:
