@@ -4,7 +4,10 @@ Its guest is a script. Times are those of the calls, so that QEMU's start does n
 """
 
 import json
+import re
 import shutil
+import subprocess
+import time
 
 import pytest
 from sessions.session import fuse, shell
@@ -44,14 +47,17 @@ def host(request, shell, fuse):
     shell.kvmsim("down", directory)
 
 
+def command(machine, serial="stdio", options=("--trace", "trace")):
+    words = (
+        f"{QEMU} -accel kvm -m 16 -bios rom -nodefaults -display none -serial {serial} "
+        f"-device isa-debug-exit,iobase=0xf4,iosize=1 -M {machine}"
+    )
+    return ("run", "--guest", "script:guest", *options, "--", *words.split())
+
+
 def run_qemu(shell, ratelimit, *options):
     machine = f"pc,kernel_irqchip=off,bus-lock-ratelimit={ratelimit}"
-    words = f"-accel kvm -M {machine} -m 16 -bios rom -nodefaults -display none -serial stdio"
-    exit_device = ("-device", "isa-debug-exit,iobase=0xf4,iosize=1")
-    client = (QEMU, *words.split(), *exit_device)
-    return shell.kvmsim(
-        *("run", "--guest", "script:guest", "--trace", "trace", *options, "--", *client)
-    )
+    return shell.kvmsim(*command(machine, options=("--trace", "trace", *options)))
 
 
 def exits(shell):
@@ -111,3 +117,71 @@ def test_machine_without_bus_lock_exits_makes_qemu_say_so(shell, host):
     done = run_qemu(shell, 100)
     assert done.returncode == 1
     assert "bus lock detection unsupported" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        "pc",
+        "pc -smp 4",
+        "q35,kernel_irqchip=split -smp 2",
+        "microvm",
+        "pc -cpu host -sandbox on,obsolete=deny,spawn=deny",
+    ],
+)
+def test_machines_of_every_kind_start(shell, host, machine):
+    done = shell.kvmsim(*command(machine))
+    assert (done.stdout, done.returncode) == (PRINTED, EXITED), done.stderr
+
+
+def test_monitor_stops_and_continues_a_guest_that_halts(shell, host):
+    (shell.home / "guest").write_text("hlt\n")
+    client = (*command("pc", serial="none"), "-monitor", "stdio")
+    done = shell.kvmsim(*client, input="stop\ncont\ninfo kvm\nquit\n")
+    assert (done.returncode, "kvm support: enabled" in done.stdout) == (0, True), done.stderr
+
+
+def sev_machine(shell):
+    """A machine with a SEV guest. QEMU takes the position of the C-bit from the real processor."""
+    machine = "q35,confidential-guest-support=sev -object sev-guest,id=sev,reduced-phys-bits=1"
+    done = shell.kvmsim(*command(f"{machine},cbitpos=63", options=()))
+    position = re.search(r"cbitpos check failed, host '(\d+)'", done.stderr)
+    assert position, done.stderr
+    return f"{machine},cbitpos={position[1]}"
+
+
+@pytest.fixture
+def tenant(host):
+    cgroup = host / "sys/fs/cgroup"
+    (cgroup / "cgroup.subtree_control").write_text("+misc")
+    (cgroup / "tenant").mkdir()
+    return cgroup / "tenant"
+
+
+def becomes(file, text):
+    """Waits for a control file to say something."""
+    deadline = time.monotonic() + 20
+    while file.read_text() != text and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return file.read_text() == text
+
+
+def test_sev_guest_holds_an_asid_of_its_cgroup_until_that_is_killed(shell, host, tenant):
+    (shell.home / "guest").write_text("hlt\n")
+    client = command(sev_machine(shell), options=("--cgroup", "/tenant"))
+    with subprocess.Popen(
+        ("kvmsim", *client), cwd=shell.home, env=shell.environment, stderr=subprocess.DEVNULL
+    ) as process:
+        charged = becomes(tenant / "misc.current", "sev 1\nsev_es 0\n")
+        (tenant / "cgroup.kill").write_text("1")
+    assert (charged, process.returncode) == (True, 128 + 9)
+    assert becomes(tenant / "misc.current", "sev 0\nsev_es 0\n")
+
+
+def test_sev_guest_over_the_limit_of_its_cgroup_makes_qemu_say_so(shell, host, tenant):
+    machine = sev_machine(shell)
+    (tenant / "misc.max").write_text("sev 0")
+    done = shell.kvmsim(*command(machine, options=("--cgroup", "/tenant")))
+    assert done.returncode == 1
+    assert "failed to initialize ret=-16" in done.stderr  # EBUSY
+    assert (tenant / "misc.events").read_text() == "sev.max 1\nsev_es.max 0\n"
