@@ -17,7 +17,6 @@ from cgfs.control.errors import CommandError, from_errno
 from kvmsim.builder.client_vms import ClientVms
 from kvmsim.control.client_messages import (
     Attached,
-    BusLockRequest,
     Process,
     Settled,
     Situation,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from cgfs.core.cftype import CFType
     from kvmsim.builder.host import Host
     from kvmsim.control.client_messages import (
+        BusLockRequest,
         EndCharge,
         ForCaller,
         FreeKey,
@@ -298,17 +298,23 @@ class ClientSession:
             self._host.accounting.bus_lock_withdraw(waiter, now_ns)
 
     def cancel(self, params: BusLockRequest) -> None:
-        """Drop what a vCPU waits for or owes; it need not have asked for it."""
-        self._host.catch_up()
-        waiter = self._waiters.pop(params.waiter, None)
-        if waiter is None:
-            try:
-                process = self._follow(params.pid)
-            except CommandError:  # it ended, and its descriptors with it
-                return
-            waiter = ClientWaiter(params.waiter, process, self._admitted)
-        now_ns = self._host.timeline.now_ns
-        self._host.accounting.bus_lock_cancel(waiter.process.pid, waiter, now_ns)
+        """Drop what a vCPU waits for or owes; waiter 0 owes what it has never asked for."""
+        if params.waiter:
+            self._cancel(params.waiter)
+            return
+        try:
+            process = FollowedProcess(self, params.pid, self._vetted(params.pid))
+        except CommandError:  # it ended, and its descriptors with it
+            return
+        self._waiters[0] = ClientWaiter(0, process, self._admitted)
+        self._cancel(0)
+
+    def _cancel(self, number: int) -> None:
+        self._host.catch_up()  # may admit it, and then the notice is on its way
+        waiter = self._waiters.pop(number, None)
+        if waiter is not None:
+            now_ns = self._host.timeline.now_ns
+            self._host.accounting.bus_lock_cancel(waiter.process.pid, waiter, now_ns)
 
     def _admitted(self, waiter: ClientWaiter) -> None:
         if self._waiters.pop(waiter.number, None) is not None:
@@ -398,8 +404,8 @@ class ClientSession:
         self._all_settled()
         for number in list(self._followed):
             self.unfollow(Process(number))
-        for waiter in list(self._waiters.values()):
-            self.cancel(BusLockRequest(waiter.process.number, waiter.number))
+        for number in list(self._waiters):
+            self._cancel(number)
         for tdx, number in list(self._keys):
             self._free(number, AsidCharge("", ()), tdx=tdx)
         for number in list(self._charges):

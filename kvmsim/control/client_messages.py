@@ -98,7 +98,8 @@ class BusLockRequest(msgspec.Struct, frozen=True):
 
     Attributes:
         pid: the process whose vCPU took the lock.
-        waiter: number of that vCPU among all of the supervisor.
+        waiter: number of that vCPU among all of the supervisor; 0 to cancel a lock that was never
+            asked for.
     """
 
     pid: int

@@ -94,7 +94,11 @@ class SocketAccounting:
     def bus_lock(self, pid: int, waiter: Waiter, now_ns: int) -> bool:
         """Ask for admission; without a host everything is admitted: the guest's end is near."""
         del now_ns
-        number = self._number(waiter)
+        number = self._numbers.get(waiter)
+        if number is None:
+            self._last_number += 1
+            number = self._numbers[waiter] = self._last_number
+            self._waiters[number] = waiter
         try:
             admitted = self._connection.call("client.bus_lock", BusLockRequest(pid, number), bool)
         except KvmError:
@@ -120,8 +124,9 @@ class SocketAccounting:
     def bus_lock_cancel(self, pid: int, waiter: Waiter, now_ns: int) -> None:
         """The vCPU is gone: drop its event, asked for or not."""
         del now_ns
-        number = self._number(waiter)
-        self._forget(waiter)
+        number = self._numbers.get(waiter, 0)
+        if number:
+            self._forget(waiter)
         self._connection.post("client.cancel", BusLockRequest(pid, number))
 
     def bus_lock_moved(self, pid: int, waiter: Waiter, now_ns: int) -> None:
@@ -146,14 +151,6 @@ class SocketAccounting:
         """A process has ended."""
         if self._situations.pop(pid, None) is not None:
             self._connection.post("client.unfollow", Process(pid))
-
-    def _number(self, waiter: Waiter) -> int:
-        number = self._numbers.get(waiter)
-        if number is None:
-            self._last_number += 1
-            number = self._numbers[waiter] = self._last_number
-            self._waiters[number] = waiter
-        return number
 
     def _forget(self, waiter: Waiter) -> None:
         del self._waiters[self._numbers.pop(waiter)]

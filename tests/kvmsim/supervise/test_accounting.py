@@ -1,5 +1,7 @@
 """Bus locks of clients: queued on the host, admitted by a notice."""
 
+import time
+
 import pytest
 import trio
 
@@ -107,6 +109,33 @@ async def test_admission_that_comes_with_the_end_of_a_vcpu_is_not_told(served, l
     await in_thread(limited._connection.call, "client.report", VmReport(), Nothing)
     limited._connection.poll()
     assert vcpu.admissions == []
+
+
+def let_pass(duration_ns):
+    """Time passes and the host does not look."""
+    until_ns = time.monotonic_ns() + duration_ns
+    while time.monotonic_ns() < until_ns:
+        pass
+
+
+async def test_lock_that_was_admitted_meanwhile_is_not_cancelled(served, limited, in_thread):
+    vcpu = Vcpu()
+    await in_thread(limited.bus_lock, 100, vcpu, 0)
+    await until(lambda: stat(served)["nr_events"] == 2)
+    await in_thread(limited.bus_lock_cancel, 100, vcpu, 0)
+    await in_thread(limited._connection.call, "client.report", VmReport(), Nothing)
+    assert stat(served)["nr_cancelled"] == 0
+
+
+async def test_lock_that_the_end_of_a_supervisor_finds_admitted_leaves_nothing(
+    served, limited, in_thread
+):
+    await in_thread(limited.bus_lock, 100, Vcpu(), 0)
+    [session] = served.host.clients
+    let_pass(60_000_000)
+    session.close()
+    assert (stat(served)["nr_events"], stat(served)["nr_cancelled"]) == (2, 0)
+    assert served.host.roots.tasks.followers == {}
 
 
 async def test_waiter_of_a_moved_process_waits_in_its_new_cgroup(served, limited, in_thread):
