@@ -208,10 +208,11 @@ def _deliver_queued(vcpu: Vcpu, debug: GuestDebug) -> int | None:
 
 def apply_payload(vcpu: Vcpu, exception: QueuedException) -> None:
     """What a pending exception does to other registers happens now: a #DB changes DR6."""
-    payload, exception.payload = exception.payload, None
-    if payload is not None and exception.vector == DB_VECTOR:
+    if exception.has_payload and exception.vector == DB_VECTOR:
         debug = of(vcpu)
-        debug.dr6 = dr6_after(debug.dr6, payload)
+        debug.dr6 = dr6_after(debug.dr6, exception.payload)
+    exception.has_payload = False
+    exception.payload = 0
 
 
 # -- ioctls --------------------------------------------------------------------------------------

@@ -26,15 +26,19 @@ class QueuedException:
         vector: which.
         pending: not delivered; its effects on other registers have not happened.
         injected: being delivered.
-        error_code: what it pushes; None: nothing.
-        payload: what it does to DR6 or CR2 on delivery; None: that has happened.
+        has_error_code: it pushes one.
+        error_code: which.
+        has_payload: it does something to DR6 or CR2 on delivery, and has not yet.
+        payload: what.
     """
 
     vector: int = 0
     pending: bool = False
     injected: bool = False
-    error_code: int | None = None
-    payload: int | None = None
+    has_error_code: bool = False
+    error_code: int = 0
+    has_payload: bool = False
+    payload: int = 0
 
 
 class Events:
@@ -42,7 +46,9 @@ class Events:
 
     Attributes:
         exception: at most one is on its way.
-        interrupt: vector of an external interrupt on its way; None: none.
+        interrupt: an interrupt is on its way.
+        interrupt_nr: its vector, or the last one's.
+        interrupt_soft: it is an INT instruction's.
         shadow: interrupts are held off for one instruction: 1 by MOV SS, 2 by STI.
         nmi_injected: an NMI is on its way.
         nmi_pending: NMIs that wait, 0 to 2.
@@ -54,8 +60,9 @@ class Events:
     """
 
     __slots__ = (
-        *("exception", "interrupt", "latched_init", "nmi_injected", "nmi_masked", "nmi_pending"),
-        *("nr_interrupts", "shadow", "sipi_vector", "triple_fault"),
+        *("exception", "interrupt", "interrupt_nr", "interrupt_soft", "latched_init"),
+        *("nmi_injected", "nmi_masked", "nmi_pending", "nr_interrupts", "shadow"),
+        *("sipi_vector", "triple_fault"),
     )
 
     def __init__(self, vcpu: Vcpu | None = None) -> None:
@@ -66,7 +73,9 @@ class Events:
     def reset(self) -> None:
         """Power-on or INIT."""
         self.exception = QueuedException()
-        self.interrupt: int | None = None
+        self.interrupt = False
+        self.interrupt_nr = 0
+        self.interrupt_soft = False
         self.shadow = 0
         self.nmi_injected = False
         self.nmi_pending = 0
@@ -82,11 +91,22 @@ class Events:
         return (
             exception.pending
             or exception.injected
-            or self.interrupt is not None
+            or self.interrupt
             or self.nmi_injected
             or self.nmi_pending > 0
             or self.triple_fault
         )
+
+    def queue_interrupt(self, vector: int) -> None:
+        """An external interrupt for the next entry."""
+        self.interrupt = True
+        self.interrupt_nr = vector
+        self.interrupt_soft = False
+
+    def settle_nmis(self) -> None:
+        """Of NMIs that wait two are kept, one while another is handled (x86.c process_nmi)."""
+        limit = 1 if self.nmi_masked or self.nmi_injected else 2
+        self.nmi_pending = min(self.nmi_pending, limit)
 
     def delivered(self) -> QueuedException | None:
         """Entering the guest: everything that waits arrives; the exception, if there is one.
@@ -96,8 +116,8 @@ class Events:
         exception = self.exception
         arrived = exception if exception.pending or exception.injected else None
         self.exception = QueuedException()
-        if self.interrupt is not None:
-            self.interrupt = None
+        if self.interrupt:
+            self.interrupt = False
             self.nr_interrupts += 1
         self.shadow = 0
         if self.nmi_injected or self.nmi_pending:

@@ -67,22 +67,20 @@ def of(vcpu: Vcpu) -> Fpu:
 
 @handles(VcpuFile, KVM_GET_FPU)
 def get_fpu(vcpu: Vcpu, call: Call) -> int:
-    """Copy x87 and SSE registers out."""
+    """Copy x87 and SSE registers out; MXCSR is not among them (6.12)."""
     protected.refuse(vcpu)
     area = of(vcpu).area
     data = KVM_FPU.pack()
     data[0:128] = area[ST_SPACE : ST_SPACE + 128]
-    fcw, fsw, ftw, fop, rip, rdp, mxcsr = unpack_from("<HHBxHQQI", area, 0)
-    pack_into("<HHBxHQQ", data, 128, fcw, fsw, ftw, fop, rip, rdp)
+    pack_into("<HHBxHQQ", data, 128, *unpack_from("<HHBxHQQ", area, 0))
     data[152:408] = area[XMM_SPACE : XMM_SPACE + 256]
-    KVM_FPU.put(data, "mxcsr", mxcsr)
     call.write(data)
     return 0
 
 
 @handles(VcpuFile, KVM_SET_FPU)
 def set_fpu(vcpu: Vcpu, call: Call) -> int:
-    """Take x87 and SSE registers over; MXCSR stays (6.12 copies all but that)."""
+    """Take x87 and SSE registers over; MXCSR stays."""
     protected.refuse(vcpu)
     data = call.read(KVM_FPU.size_bytes)
     area = of(vcpu).area

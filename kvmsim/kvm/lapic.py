@@ -37,6 +37,7 @@ APIC_LVR = 0x30
 APIC_TASKPRI = 0x80
 APIC_DFR = 0xE0
 APIC_SPIV = 0xF0
+APIC_SPIV_ENABLED = 1 << 8
 APIC_IRR = 0x200
 APIC_LVT0 = 0x350
 #: Timer, thermal, performance counter, LINT0, LINT1, error.
@@ -80,6 +81,11 @@ class Lapic:
             self._put(register, LVT_MASKED)
         if self._vcpu.id == irqchip.of(self._vcpu.vm).boot_cpu:
             pack_into("<I", regs, APIC_LVT0, DELIVERY_EXTINT)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the guest switched it on, by software; off after reset."""
+        return bool(self.get(APIC_SPIV) & APIC_SPIV_ENABLED)
 
     def request(self, vector: int) -> None:
         """An interrupt arrives."""
@@ -138,7 +144,7 @@ def interrupt(vcpu: Vcpu, call: Call) -> int:
     if vector >= KVM_NR_INTERRUPTS:
         raise KvmError(EINVAL, f"vector {vector}")
     if not vcpu.vm.irqchip:
-        events.of(vcpu).interrupt = vector
+        events.of(vcpu).queue_interrupt(vector)
         vcpu_events.arm(vcpu)
         return 0
     if irqchip.of(vcpu.vm).full:
@@ -155,7 +161,8 @@ def interrupt(vcpu: Vcpu, call: Call) -> int:
 def nmi(vcpu: Vcpu, call: Call) -> int:
     """Queue a non-maskable interrupt; two at most are pending."""
     state = events.of(vcpu)
-    state.nmi_pending = min(state.nmi_pending + 1, 2)
+    state.nmi_pending += 1
+    state.settle_nmis()
     vcpu_events.arm(vcpu)
     vcpu.wake(call.now_ns)
     return 0

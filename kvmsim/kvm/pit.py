@@ -99,6 +99,17 @@ def create_pit2(vm: Vm, call: Call) -> int:
     return _create(vm, call)
 
 
+def _load(state: bytearray, data: bytes, now_ns: int) -> None:
+    """Take channels over. They start anew, except channel 0's clock; a count of 0 is 65536."""
+    state[: len(data)] = data
+    for channel in range(3):
+        name = f"channels[{channel}].count"
+        if not KVM_PIT_STATE2.get(state, name):
+            KVM_PIT_STATE2.put(state, name, COUNT)
+        if channel:
+            KVM_PIT_STATE2.put(state, f"{name}_load_time", now_ns)
+
+
 @handles(VmFile, KVM_GET_PIT)
 def get_pit(vm: Vm, call: Call) -> int:
     """Copy the channels out."""
@@ -111,7 +122,7 @@ def get_pit(vm: Vm, call: Call) -> int:
 def set_pit(vm: Vm, call: Call) -> int:
     """Take the channels over."""
     data = call.read(KVM_PIT_STATE.size_bytes)
-    _state(vm)[: len(data)] = data
+    _load(_state(vm), data, call.now_ns)
     return 0
 
 
@@ -126,8 +137,7 @@ def get_pit2(vm: Vm, call: Call) -> int:
 def set_pit2(vm: Vm, call: Call) -> int:
     """Take channels and flags over."""
     data = call.read(KVM_PIT_STATE2.size_bytes)
-    end = KVM_PIT_STATE.size_bytes + 4
-    _state(vm)[:end] = data[:end]
+    _load(_state(vm), data[: KVM_PIT_STATE.size_bytes + 4], call.now_ns)
     return 0
 
 

@@ -193,14 +193,15 @@ def signal_msi(vm: Vm, call: Call) -> int:
     """Deliver a message; 1 if some vCPU took it, 0 if none did."""
     data = call.read(KVM_MSI.size_bytes)
     get = KVM_MSI.get
-    if not vm.irqchip or get(data, "flags"):
+    if not vm.irqchip or get(data, "flags") & ~KVM_MSI_VALID_DEVID:
         raise KvmError(EINVAL, "no local APICs in the kernel, or flags")
     destination = get(data, "address_lo") >> 12 & 0xFF
     vector = get(data, "data") & 0xFF
     taken = 0
     for vcpu in vm.vcpus.values():
-        if destination in {vcpu.id, 0xFF} and vector >= 16:
-            lapic.of(vcpu).request(vector)
+        apic = lapic.of(vcpu)
+        if destination in {vcpu.id, 0xFF} and vector >= 16 and apic.enabled:
+            apic.request(vector)
             vcpu.wake(call.now_ns)
             taken = 1
     return taken

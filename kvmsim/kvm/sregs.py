@@ -9,6 +9,7 @@ from __future__ import annotations
 from errno import EINVAL
 from typing import TYPE_CHECKING
 
+from kvmsim.abi.caps import KVM_MP_STATE_RUNNABLE
 from kvmsim.abi.ioctls import KVM_GET_SREGS, KVM_GET_SREGS2, KVM_SET_SREGS, KVM_SET_SREGS2
 from kvmsim.abi.regs import (
     CR0_CD,
@@ -36,7 +37,7 @@ from kvmsim.abi.regs import (
     SREGS_COMMON_BYTES,
 )
 from kvmsim.errors import KvmError
-from kvmsim.kvm import cpuid, events, protected, vcpu_events
+from kvmsim.kvm import cpuid, events, irqchip, protected, vcpu_events
 from kvmsim.kvm.dispatch import VcpuFile, handles, state_of
 
 if TYPE_CHECKING:
@@ -195,9 +196,9 @@ def valid_apic_base(vcpu: Vcpu, value: int) -> bool:
 def pack(vcpu: Vcpu) -> bytearray:
     """The bytes of ``kvm_sregs``."""
     data = _pack_common(vcpu) + bytes(KVM_SREGS.size_bytes - SREGS_COMMON_BYTES)
-    pending = events.of(vcpu).interrupt
-    if pending is not None:
-        index, bit = divmod(pending, 64)
+    state = events.of(vcpu)
+    if state.interrupt and not state.interrupt_soft:
+        index, bit = divmod(state.interrupt_nr, 64)
         KVM_SREGS.put(data, "interrupt_bitmap", 1 << bit, index)
     return data
 
@@ -220,7 +221,7 @@ def unpack(vcpu: Vcpu, data: bytes) -> None:
     for index, word in enumerate(words):
         if word:
             lowest = (word & -word).bit_length() - 1
-            events.of(vcpu).interrupt = 64 * index + lowest
+            events.of(vcpu).queue_interrupt(64 * index + lowest)
             vcpu_events.arm(vcpu)
             break
 
@@ -235,6 +236,21 @@ def _unpack_common(vcpu: Vcpu, data: bytes) -> None:
     vcpu.apic_base = get(data, "apic_base")
     if get(data, "cr8") <= CR8_MAX:  # a wider one is dropped
         vcpu.cr8 = get(data, "cr8")
+    if _is_reset(vcpu, data):
+        # Older VMMs do not end a halt of the boot processor when they reset it.
+        vcpu.mp_state = KVM_MP_STATE_RUNNABLE
+
+
+def _is_reset(vcpu: Vcpu, data: bytes) -> bool:
+    """Whether these are the registers of a boot processor after reset."""
+    get = KVM_SREGS.get
+    code = (get(data, "cs.selector"), get(data, "cs.base"))
+    return (
+        vcpu.id == irqchip.of(vcpu.vm).boot_cpu
+        and vcpu.rip == 0xFFF0
+        and code == (0xF000, 0xFFFF0000)
+        and not get(data, "cr0") & CR0_PE
+    )
 
 
 @handles(VcpuFile, KVM_GET_SREGS)

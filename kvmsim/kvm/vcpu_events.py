@@ -54,10 +54,11 @@ def pack(vcpu: Vcpu) -> bytearray:
     exception = state.exception
     if not switches.exception_payload and exception.pending:
         debug.apply_payload(vcpu, exception)
+    state.settle_nmis()
     data = KVM_VCPU_EVENTS.pack(
         **{
-            "interrupt.injected": int(state.interrupt is not None),
-            "interrupt.nr": state.interrupt or 0,
+            "interrupt.injected": int(state.interrupt and not state.interrupt_soft),
+            "interrupt.nr": state.interrupt_nr,
             "interrupt.shadow": state.shadow,
             "nmi.injected": int(state.nmi_injected),
             "nmi.pending": state.nmi_pending,
@@ -72,10 +73,10 @@ def pack(vcpu: Vcpu) -> bytearray:
         put(data, "exception.injected", int(injected))
         put(data, "exception.pending", int(exception.pending))
     put(data, "exception.nr", exception.vector)
-    put(data, "exception.has_error_code", int(exception.error_code is not None))
-    put(data, "exception.error_code", exception.error_code or 0)
-    put(data, "exception_has_payload", int(exception.payload is not None))
-    put(data, "exception_payload", exception.payload or 0)
+    put(data, "exception.has_error_code", int(exception.has_error_code))
+    put(data, "exception.error_code", exception.error_code)
+    put(data, "exception_has_payload", int(exception.has_payload))
+    put(data, "exception_payload", exception.payload)
     if switches.exception_payload:
         put(data, "flags", KVM_VCPU_EVENTS.get(data, "flags") | KVM_VCPUEVENT_VALID_PAYLOAD)
     if switches.triple_fault_event:
@@ -88,7 +89,9 @@ def _take_trap(vcpu: Vcpu, state: Events) -> None:
     """A #DB the processor still has to deliver is a pending exception like any other."""
     pending = vcpu.debug
     if pending is not None and pending.trap and not state.exception.pending:
-        state.exception = QueuedException(DB_VECTOR, pending=True, payload=pending.trap)
+        state.exception = QueuedException(
+            DB_VECTOR, pending=True, has_payload=True, payload=pending.trap
+        )
         pending.trap = 0
         pending.queued = True
 
@@ -97,66 +100,76 @@ def unpack(vcpu: Vcpu, data: bytes) -> None:
     """Take ``kvm_vcpu_events`` over.
 
     Raises:
-        KvmError: EINVAL unknown flags, those of a capability that is off, a vector that is no
-            exception's, system management mode.
+        KvmError: EINVAL unknown flags, the payload's without its capability, a vector that is no
+            exception's: nothing has changed. System management mode, or the triple fault's flag
+            without its capability: everything before these has changed (6.12).
     """
+    flags = KVM_VCPU_EVENTS.get(data, "flags")
+    exception = _exception(vcpu, data, flags)
+    smm = ("smi.smm", "smi.pending")
+    entered = flags & KVM_VCPUEVENT_VALID_SMM and any(KVM_VCPU_EVENTS.get(data, n) for n in smm)
+    if entered and vcpu.mp_state == caps.KVM_MP_STATE_INIT_RECEIVED:
+        raise KvmError(EINVAL, "an INIT has been received")
+    state = events.of(vcpu)
+    state.settle_nmis()
+    state.exception = exception
+    try:
+        _unpack_others(vcpu, state, data, flags)
+    finally:
+        arm(vcpu)
+
+
+def _exception(vcpu: Vcpu, data: bytes, flags: int) -> QueuedException:
+    """The exception, as far as the flags make it valid."""
     get = KVM_VCPU_EVENTS.get
-    switches = capabilities.of(vcpu.vm)
-    flags = get(data, "flags")
-    pending = bool(get(data, "exception.pending"))
-    injected = bool(get(data, "exception.injected"))
-    has_payload = bool(get(data, "exception_has_payload"))
-    vector = get(data, "exception.nr")
     if flags & ~KNOWN_FLAGS:
         raise KvmError(EINVAL, f"flags {flags:#x} of kvm_vcpu_events")
-    if flags & KVM_VCPUEVENT_VALID_PAYLOAD:
-        if not switches.exception_payload:
-            raise KvmError(EINVAL, "KVM_CAP_EXCEPTION_PAYLOAD is off")
-        injected = injected and not pending
-        has_payload = has_payload and pending
-    else:
-        pending = has_payload = False
-    if (injected or pending) and (vector > 31 or vector == NMI_VECTOR):
-        raise KvmError(EINVAL, f"vector {vector} is no exception")
-    if flags & KVM_VCPUEVENT_VALID_SMM:
-        _check_smm(data, vcpu)
-    if flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT and not switches.triple_fault_event:
-        raise KvmError(EINVAL, "KVM_CAP_X86_TRIPLE_FAULT_EVENT is off")
-    state = events.of(vcpu)
-    state.exception = QueuedException(
-        vector,
-        pending,
-        injected,
-        get(data, "exception.error_code") if get(data, "exception.has_error_code") else None,
-        get(data, "exception_payload") if has_payload else None,
+    exception = QueuedException(
+        get(data, "exception.nr"),
+        bool(get(data, "exception.pending")),
+        bool(get(data, "exception.injected")),
+        bool(get(data, "exception.has_error_code")),
+        get(data, "exception.error_code"),
+        bool(get(data, "exception_has_payload")),
+        get(data, "exception_payload"),
     )
-    _unpack_others(state, data, flags, in_kernel_apic=vcpu.vm.irqchip)
-    arm(vcpu)
+    if not flags & KVM_VCPUEVENT_VALID_PAYLOAD:
+        exception.pending = exception.has_payload = False
+    elif not capabilities.of(vcpu.vm).exception_payload:
+        raise KvmError(EINVAL, "KVM_CAP_EXCEPTION_PAYLOAD is off")
+    elif exception.pending:
+        exception.injected = False
+    else:
+        exception.has_payload = False
+    vector = exception.vector
+    if (exception.injected or exception.pending) and (vector > 31 or vector == NMI_VECTOR):
+        raise KvmError(EINVAL, f"vector {vector} is no exception")
+    return exception
 
 
-def _check_smm(data: bytes, vcpu: Vcpu) -> None:
+def _unpack_others(vcpu: Vcpu, state: Events, data: bytes, flags: int) -> None:
+    """Everything but the exception, in the kernel's order."""
     get = KVM_VCPU_EVENTS.get
-    if get(data, "smi.smm") or get(data, "smi.pending") or get(data, "smi.smm_inside_nmi"):
-        raise KvmError(EINVAL, "no system management mode")
-    if get(data, "smi.latched_init") and vcpu.mp_state == caps.KVM_MP_STATE_INIT_RECEIVED:
-        raise KvmError(EINVAL, "an INIT is latched already")
-
-
-def _unpack_others(state: Events, data: bytes, flags: int, *, in_kernel_apic: bool) -> None:
-    """Everything but the exception."""
-    get = KVM_VCPU_EVENTS.get
-    state.interrupt = get(data, "interrupt.nr") if get(data, "interrupt.injected") else None
+    in_kernel_apic = vcpu.vm.irqchip
+    state.interrupt = bool(get(data, "interrupt.injected"))
+    state.interrupt_nr = get(data, "interrupt.nr")
+    state.interrupt_soft = bool(get(data, "interrupt.soft"))
     if flags & KVM_VCPUEVENT_VALID_SHADOW:
         state.shadow = get(data, "interrupt.shadow") & 3
     state.nmi_injected = bool(get(data, "nmi.injected"))
     if flags & KVM_VCPUEVENT_VALID_NMI_PENDING:
-        state.nmi_pending = min(get(data, "nmi.pending"), 2)
+        state.nmi_pending = get(data, "nmi.pending")
     state.nmi_masked = bool(get(data, "nmi.masked"))
     if flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR and in_kernel_apic:
         state.sipi_vector = get(data, "sipi_vector")
-    if flags & KVM_VCPUEVENT_VALID_SMM and in_kernel_apic:
-        state.latched_init = bool(get(data, "smi.latched_init"))
+    if flags & KVM_VCPUEVENT_VALID_SMM:
+        if any(get(data, f"smi.{name}") for name in ("smm", "pending", "smm_inside_nmi")):
+            raise KvmError(EINVAL, "no system management mode")
+        if in_kernel_apic:
+            state.latched_init = bool(get(data, "smi.latched_init"))
     if flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT:
+        if not capabilities.of(vcpu.vm).triple_fault_event:
+            raise KvmError(EINVAL, "KVM_CAP_X86_TRIPLE_FAULT_EVENT is off")
         state.triple_fault = bool(get(data, "triple_fault.pending"))
 
 

@@ -65,6 +65,11 @@ def message(destination, vector, **values):
 
 def test_message_is_requested_at_its_destination_and_ends_a_halt(vm):
     first, second = (vm.create_vcpu(vcpu_id) for vcpu_id in range(2))
+    assert vm.ioctl(ioctls.KVM_SIGNAL_MSI, message(0, 0x45)) == 0  # not switched on yet
+    page = bytearray(1024)
+    first.ioctl(ioctls.KVM_GET_LAPIC, page)
+    page[0xF1] = 1
+    first.ioctl(ioctls.KVM_SET_LAPIC, page)
     first.engine = Scripted([Hlt()], 1)
     first.kvm_run(0)
     assert isinstance(first.resume(0), Halted)
@@ -72,7 +77,7 @@ def test_message_is_requested_at_its_destination_and_ends_a_halt(vm):
     assert [lapic.of(vcpu).get(0x200 + 0x20) for vcpu in (first, second)] == [1 << 5, 0]
     assert first.resume(0) is not None
     assert vm.ioctl(ioctls.KVM_SIGNAL_MSI, message(9, 0x45)) == 0
-    assert errno_of(vm.ioctl, ioctls.KVM_SIGNAL_MSI, message(0, 0x45, flags=1)) == EINVAL
+    assert errno_of(vm.ioctl, ioctls.KVM_SIGNAL_MSI, message(0, 0x45, flags=2)) == EINVAL
 
 
 def test_init_sets_the_apic_back(vm):

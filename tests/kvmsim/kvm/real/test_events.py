@@ -162,3 +162,34 @@ def test_exception_injected_by_a_debugger_is_pending(world, vcpu, get):
     inject = KVM_GUEST_DEBUG.pack(control=0x1 | 0x40000)
     assert world.ioctl(vcpu, ioctls.KVM_SET_GUEST_DEBUG, inject) == DONE
     assert get("exception.injected", "exception.pending", "exception.nr") == [1, 1, 1]
+
+
+def test_numbers_of_what_is_not_on_its_way_read_back_too(get, put):
+    put(
+        exception__nr=0xA2,
+        exception__has_error_code=1,
+        exception__error_code=7,
+        exception_payload=0x4000,
+        interrupt__nr=0x38,
+    )
+    names = ("exception.nr", "exception.has_error_code", "exception.error_code")
+    assert get(*names, "exception_payload", "interrupt.nr") == [0xA2, 1, 7, 0x4000, 0x38]
+
+
+def test_soft_interrupt_is_not_shown(get, put):
+    put(interrupt__injected=1, interrupt__nr=0x80, interrupt__soft=1)
+    assert get("interrupt.injected", "interrupt.nr") == [0, 0x80]
+
+
+@pytest.mark.parametrize("handling", ["nmi__masked", "nmi__injected"])
+def test_one_nmi_waits_while_another_is_handled(get, put, handling):
+    put(flags=1, nmi__pending=2)
+    assert get("nmi.pending") == [2]
+    put(flags=1, nmi__pending=2, **{handling: 1})
+    assert get("nmi.pending") == [1]
+
+
+@pytest.mark.parametrize(("flags", "last"), [(8, {"smi__smm": 1}), (TRIPLE_FAULT, {})])
+def test_what_is_looked_at_last_is_refused_when_the_rest_is_done(get, put, flags, last):
+    assert put(flags=flags, exception__injected=1, exception__nr=13, **last) == INVALID
+    assert get("exception.injected", "exception.nr") == [1, 13]

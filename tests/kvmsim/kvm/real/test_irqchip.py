@@ -281,3 +281,16 @@ def test_row_66_states_of_a_vcpu_with_an_apic(world, chips, state, answer, read_
     assert world.ioctl(vcpu, ioctls.KVM_SET_MP_STATE, data) == answer
     world.ioctl(vcpu, ioctls.KVM_GET_MP_STATE, data)
     assert data[0] == read_back
+
+
+@pytest.mark.parametrize(
+    ("setter", "size_bytes"), [(ioctls.KVM_SET_PIT, 72), (ioctls.KVM_SET_PIT2, 112)]
+)
+def test_count_of_zero_is_the_longest(world, chips, setter, size_bytes):
+    world.ioctl(chips, ioctls.KVM_CREATE_PIT2, bytearray(64))
+    assert world.ioctl(chips, setter, bytearray(size_bytes)) == DONE
+    data = bytearray(112)
+    world.ioctl(chips, ioctls.KVM_GET_PIT2, data)
+    get = irq.KVM_PIT_STATE2.get
+    assert [get(data, f"channels[{channel}].count") for channel in range(3)] == [0x10000] * 3
+    assert get(data, "channels[0].count_load_time") == 0

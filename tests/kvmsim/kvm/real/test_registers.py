@@ -238,3 +238,25 @@ def test_row_105_signal_mask(world, vcpu, length):
     data[0] = 8
     assert world.ioctl(vcpu, ioctls.KVM_SET_SIGNAL_MASK, data) == DONE
     assert world.ioctl(vcpu, ioctls.KVM_SET_SIGNAL_MASK, 0) == DONE
+
+
+def test_control_of_sse_is_not_among_the_floating_point_registers(world, vcpu, get):
+    data = get(ioctls.KVM_GET_FPU, 416)
+    assert KVM_FPU.get(data, "mxcsr") == 0
+    KVM_FPU.put(data, "mxcsr", 0x1FBF)
+    assert world.ioctl(vcpu, ioctls.KVM_SET_FPU, data) == DONE
+    assert get(ioctls.KVM_GET_XSAVE, 4096)[24:28] == (0x1F80).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize(("changes", "state"), [({}, 0), ({"cr0": 0x60000011}, 3)])
+def test_registers_after_reset_end_a_halt_of_the_boot_processor(world, vm, changes, state):
+    world.ioctl(vm, ioctls.KVM_CREATE_IRQCHIP)
+    vcpu = world.make(vm, ioctls.KVM_CREATE_VCPU)
+    world.ioctl(vcpu, ioctls.KVM_SET_MP_STATE, bytearray([3, 0, 0, 0]))
+    data = bytearray(312)
+    world.ioctl(vcpu, ioctls.KVM_GET_SREGS, data)
+    for name, value in changes.items():
+        KVM_SREGS.put(data, name, value)
+    assert world.ioctl(vcpu, ioctls.KVM_SET_SREGS, data) == DONE
+    world.ioctl(vcpu, ioctls.KVM_GET_MP_STATE, data)
+    assert data[0] == state
