@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import struct
+from contextlib import suppress
 from errno import EIO
 from typing import TYPE_CHECKING, TypeVar
 
@@ -206,6 +207,8 @@ class HostConnection:
             self.lost = True
             self._news.set()
             log.warning("the host is gone")
+            with suppress(OSError):  # one that is only slow takes back what we held
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def _refused(errno: int, message: str) -> KvmError:

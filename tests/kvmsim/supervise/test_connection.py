@@ -109,3 +109,11 @@ def test_host_that_hangs_up_or_talks_nonsense_or_stalls_is_lost(pair, data):
     assert lost == [True]
     assert refusal(connection).errno == EIO
     connection.post("y", Nothing())
+
+
+def test_host_that_takes_too_long_is_told_that_it_is_given_up(pair):
+    connection, theirs = pair
+    assert refusal(connection).errno == EIO
+    theirs.settimeout(5)
+    while theirs.recv(65536):
+        pass  # the request, then the end
