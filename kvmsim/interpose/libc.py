@@ -11,7 +11,6 @@ import os
 from typing import Any, Final
 
 NR_SECCOMP: Final = 317
-NR_PIDFD_GETFD: Final = 438
 NR_KCMP: Final = 312
 
 CLONE_NEWNS: Final = 0x00020000
@@ -19,18 +18,15 @@ CLONE_NEWUSER: Final = 0x10000000
 
 MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
-MS_NOEXEC: Final = 8
 MS_BIND: Final = 0x1000
 MS_REC: Final = 0x4000
 MS_PRIVATE: Final = 1 << 18
 
-PR_SET_PDEATHSIG: Final = 1
 PR_SET_NO_NEW_PRIVS: Final = 38
 
 IN_CLOSE_WRITE: Final = 0x8
 IN_CLOSE_NOWRITE: Final = 0x10
 IN_Q_OVERFLOW: Final = 0x4000
-IN_IGNORED: Final = 0x8000
 
 KCMP_VM: Final = 1
 
@@ -106,11 +102,6 @@ def inotify_add_watch(fd: int, path: str, mask: int) -> int:
 def inotify_rm_watch(fd: int, watch: int) -> None:
     """Stop watching."""
     checked(int(_libc.inotify_rm_watch(fd, watch)))
-
-
-def pidfd_getfd(pidfd: int, fd: int) -> int:
-    """Take a descriptor over from another process."""
-    return syscall(NR_PIDFD_GETFD, pidfd, fd, 0)
 
 
 def same_address_space(pid: int, other: int) -> bool:
