@@ -14,7 +14,7 @@ import signal
 import socket
 from contextlib import suppress
 from dataclasses import dataclass, field
-from errno import EACCES, EBUSY, EINVAL, ENOENT, ENOSYS
+from errno import EACCES, EBUSY, EINVAL, ENOSYS
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -159,8 +159,9 @@ def _child(command: Command, channel: socket.socket) -> None:
     os.close(listener)
     if channel.recv(16) != _GO:
         return
-    # Python ignores this one; programs do not expect that.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    # Python ignores these; programs do not expect that.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
     if command.signal_mask is not None:
         signal.pthread_sigmask(signal.SIG_SETMASK, command.signal_mask)
     env = dict(os.environ if command.env is None else command.env)
@@ -224,8 +225,3 @@ def _why(error: OSError) -> str:
     if error.errno in (EINVAL, ENOSYS):
         return "this kernel has no seccomp user notification with killable waits (Linux 5.19)"
     return f"the seccomp filter cannot be installed: {error.strerror}"
-
-
-def exit_status(error: CommandNotRun) -> int:
-    """What a shell returns for a program it could not execute."""
-    return 127 if error.errno == ENOENT else 126

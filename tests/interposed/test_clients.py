@@ -1,4 +1,5 @@
 import os
+import signal
 import tempfile
 
 import pytest
@@ -67,6 +68,13 @@ def test_devices_of_the_machine_stay(halted, capfd):
     script = "test -c /dev/null && test -c /dev/kvm && echo x > /dev/null && ls /dev/fd /dev/pts"
     assert halted.run("sh", "-c", script) == 0
     assert "0" in capfd.readouterr().out.split()
+
+
+def test_client_ignores_no_signal_that_only_python_does(halted, capfd):
+    assert halted.run("grep", "SigIgn:", "/proc/self/status") == 0
+    ignored = int(capfd.readouterr().out.split()[1], 16)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        assert not ignored >> number - 1 & 1
 
 
 def test_nothing_of_the_client_is_seen_outside(halted):
