@@ -93,9 +93,9 @@ def run(
             before_exec=before_exec,
             signal_mask=mask,
         )
+        other_calls = CgroupCalls(Path(cgroup_dir).stat().st_dev) if cgroup_dir else None
         launched = launch(command)
         try:
-            other_calls = CgroupCalls(Path(cgroup_dir).stat().st_dev) if cgroup_dir else None
             return trio.run(supervise, launched, emulated, files, other_calls)
         finally:
             os.close(launched.pidfd)
