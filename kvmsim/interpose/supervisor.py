@@ -406,14 +406,8 @@ class Supervisor:
             self.listener.answer(number, 0, errno_of(error))
             return -errno_of(error)
         descriptor.file = file
-        if isinstance(file, Vcpu):
-            self._furnish(file, descriptor)
-        elif isinstance(file, Vm):
-            file.on_bus_lock = self.loop.timeline.bus_lock
-        elif isinstance(file, Readable):
-            self._readable[file] = descriptor
-            self._write_contents()
         try:
+            self._set_up(file, descriptor)
             return self.listener.answer_with_descriptor(number, handed)
         except OSError as error:
             # Not handed out, so that closing it here is the last close.
@@ -422,6 +416,16 @@ class Supervisor:
             return -errno_of(error)
         finally:
             os.close(handed)
+
+    def _set_up(self, file: KvmFile, descriptor: Descriptor) -> None:
+        """Connect a new object to what is around it."""
+        if isinstance(file, Vcpu):
+            self._furnish(file, descriptor)
+        elif isinstance(file, Vm):
+            file.on_bus_lock = self.loop.timeline.bus_lock
+        elif isinstance(file, Readable):
+            self._readable[file] = descriptor
+            self._write_contents()
 
     def _furnish(self, vcpu: Vcpu, descriptor: Descriptor) -> None:
         """Give a vCPU the page its clients map, and a guest."""

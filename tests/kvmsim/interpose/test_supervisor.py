@@ -1,7 +1,7 @@
 import logging
 import os
 import subprocess
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from errno import EBUSY, EFAULT, EINTR, EIO
 
 import pytest
@@ -120,6 +120,14 @@ async def serving(*stops, tap=None, times=1):
     assert system.statistics().vms == 0
 
 
+@contextmanager
+def process_with(fd):
+    """Another process that has a descriptor under the same number."""
+    with subprocess.Popen(["sleep", "60"], pass_fds=[fd]) as process:
+        yield process.pid
+        process.kill()
+
+
 async def test_exit_without_guest_time_is_answered_at_once(autojump_clock):
     async with serving(OUT) as client:
         vcpu = client.vcpu()
@@ -160,9 +168,8 @@ async def test_call_that_is_refused_anyway_does_not_wait_for_the_end_of_the_run(
     async with serving(Hlt()) as client:
         vcpu = client.vcpu(irqchip=True)
         run = client.begin(vcpu, KVM_RUN)
-        with subprocess.Popen(["sleep", "60"], pass_fds=[vcpu]) as other:
-            foreign = client.begin(vcpu, KVM_GET_MP_STATE, tid=other.pid)
-            other.kill()
+        with process_with(vcpu) as other:
+            foreign = client.begin(vcpu, KVM_GET_MP_STATE, tid=other)
         assert client.answer(foreign) == -EIO
         client.supervisor.interrupt_all()
         assert client.answer(run) == -EINTR
@@ -220,6 +227,17 @@ async def test_caller_that_is_gone_gets_no_answer(autojump_clock):
         client.listener.dead.add(1)
         assert client.begin(client.kvm, KVM_GET_API_VERSION) == 1
         assert client.answer(1) is None
+
+
+async def test_mistake_in_a_guest_is_eio_and_leaves_no_vcpu(autojump_clock, monkeypatch, caplog):
+    async with serving() as client:
+        vm = client.call(client.kvm, KVM_CREATE_VM)
+        monkeypatch.setattr(client.supervisor, "_engine", lambda _: 1 / 0)
+        assert client.call(vm, KVM_CREATE_VCPU) == -EIO
+        assert "ZeroDivisionError" in caplog.text
+        assert client.call(client.kvm, KVM_GET_API_VERSION) == 12
+        assert len(client.supervisor.descriptors) == 1
+        os.close(vm)
 
 
 async def test_mistake_in_a_handler_is_eio_for_one_call(autojump_clock, monkeypatch, caplog):
