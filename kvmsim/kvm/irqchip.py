@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kvmsim.kvm.vm import KvmEnableCap, Vm
 
 PIC_PINS = 16
+CASCADE_PIN = 2
 ELCR_MASKS = (0xF8, 0xDE)
 IOAPIC_BASE = 0xFEC00000
 REDIRECTION_MASKED = 1 << 16
@@ -83,15 +84,24 @@ class Irqchip:
         answers = []
         if gsi < PIC_PINS:
             answers.append(self._set_pic(gsi, up=up))
+            self.update_cascade()
         if gsi < KVM_IOAPIC_NUM_PINS:
-            # IRQ 0 is wired to pin 2 on a PC.
-            answers.append(self._set_ioapic(2 if gsi == 0 else gsi, up=up))
+            answers.append(self._set_ioapic(gsi, up=up))
         if up:
             self.levels.add(gsi)
         else:
             self.levels.discard(gsi)
         taken = [answer for answer in answers if answer >= 0]
         return sum(taken) if taken else -1
+
+    def update_cascade(self) -> None:
+        """The slave tells the master of what it has (i8259.c ``pic_update_irq``)."""
+        slave = self.pics[1]
+        get = KVM_PIC_STATE.get
+        requested = _priority(slave, get(slave, "irr") & ~get(slave, "imr"))
+        if requested < _priority(slave, get(slave, "isr")):
+            self._set_pic(CASCADE_PIN, up=True)
+            self._set_pic(CASCADE_PIN, up=False)
 
     def _set_pic(self, irq: int, *, up: bool) -> int:
         """Linux 6.12 i8259.c ``pic_set_irq1``."""
@@ -126,6 +136,12 @@ class Irqchip:
             return 0
         KVM_IOAPIC_STATE.put(self.ioapic, "irr", irr | bit)
         return -1 if entry & REDIRECTION_MASKED else 1
+
+
+def _priority(pic: bytearray, pins: int) -> int:
+    """Of some pins the priority of the most urgent, 0 to 7; 8 for none."""
+    first = KVM_PIC_STATE.get(pic, "priority_add")
+    return next((n for n in range(8) if pins >> ((n + first) & 7) & 1), 8)
 
 
 def of(vm: Vm) -> Irqchip:
@@ -231,6 +247,7 @@ def set_irqchip(vm: Vm, call: Call) -> int:
     data = call.read(KVM_IRQCHIP.size_bytes)
     chip = _chosen(full(vm), data)
     chip[:] = data[8 : 8 + len(chip)]
+    of(vm).update_cascade()
     return 0
 
 

@@ -294,3 +294,25 @@ def test_count_of_zero_is_the_longest(world, chips, setter, size_bytes):
     get = irq.KVM_PIT_STATE2.get
     assert [get(data, f"channels[{channel}].count") for channel in range(3)] == [0x10000] * 3
     assert get(data, "channels[0].count_load_time") == 0
+
+
+def test_slave_tells_the_master_of_its_lines(world, chips):
+    assert world.ioctl(chips, ioctls.KVM_IRQ_LINE, level(10, 1)) == DONE
+    master, slave = (get_chip(world, chips, chip_id)[1] for chip_id in range(2))
+    assert (master[0], master[1], slave[0], slave[1]) == (0, 4, 4, 4)
+
+
+@pytest.mark.parametrize(("number", "pins"), [(0, 1), (1, 2), (23, 1 << 23), (24, 0)])
+def test_line_is_seen_by_the_ioapic(world, chips, number, pins):
+    assert world.ioctl(chips, ioctls.KVM_IRQ_LINE, level(number, 1)) == DONE
+    ioapic = get_chip(world, chips, 2)[1]
+    assert irq.KVM_IOAPIC_STATE.get(ioapic, "irr") == pins
+
+
+def test_status_of_a_line(world, chips):
+    answers = []
+    for number, up in ((3, 1), (3, 1), (3, 0), (3, 1), (20, 1), (20, 1), (100, 1)):
+        data = level(number, up)
+        assert world.ioctl(chips, ioctls.KVM_IRQ_LINE_STATUS, data) == DONE
+        answers.append(irq.KVM_IRQ_LEVEL.get(data, "irq"))
+    assert answers == [1, 1, 2, 0, 0xFFFFFFFF, 0, 0xFFFFFFFF]
