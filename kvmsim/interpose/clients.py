@@ -110,21 +110,15 @@ class Process:
             return None
         return int(limit)
 
-    def resolve_fd(self, number: int) -> object | None:
-        """See :meth:`kvmsim.kvm.client.Client.resolve_fd`."""
-        file = self._calls.file_of(self.thread, number & 0xFFFF_FFFF)
-        if file is not None:
-            return file
-        try:
-            return os.stat(f"fd/{number & 0xFFFF_FFFF}", dir_fd=self.thread.directory)
-        except OSError:
-            return None
-
     def file(self, fd: int) -> KvmFile | None:
         """See :meth:`kvmsim.kvm.client.Client.file`."""
-        file = self._calls.file_of(self.thread, fd & 0xFFFF_FFFF)
-        if file is None and self.resolve_fd(fd) is None:
-            raise KvmError(EBADF, f"descriptor {fd}")
+        number = fd & 0xFFFF_FFFF
+        file = self._calls.file_of(self.thread, number)
+        if file is None:
+            try:
+                os.stat(f"fd/{number}", dir_fd=self.thread.directory)
+            except OSError as error:
+                raise KvmError(EBADF, f"descriptor {fd}") from error
         return file
 
     def mapped(self, address: int, size_bytes: int, *, writable: bool) -> bool:

@@ -41,14 +41,6 @@ class Client(Protocol):
     def memlock_bytes(self) -> int | None:
         """See the class."""
 
-    def resolve_fd(self, number: int) -> object | None:
-        """What stands behind one of the client's descriptors.
-
-        Returns:
-            The ``KvmFile`` of an emulated descriptor; any other object for a descriptor that is
-            open but not emulated; None when it is not open.
-        """
-
     def mapped(self, address: int, size_bytes: int, *, writable: bool) -> bool:
         """Whether a whole range of the client's memory is mapped, so that it could be pinned."""
 
@@ -112,10 +104,6 @@ class LocalClient:
             number += 1
         self.files[number] = file
         return number
-
-    def resolve_fd(self, number: int) -> object | None:
-        """See :meth:`Client.resolve_fd`."""
-        return self.files.get(number)
 
     def mapped(self, address: int, size_bytes: int, *, writable: bool) -> bool:
         """See :meth:`Client.mapped`. A buffer maps the whole of every page it touches."""

@@ -158,7 +158,7 @@ def issue(
         KvmError: EBADF not open, or something else; EIO, the firmware refused (``cmd.error``).
     """
     signed = fd - (1 << 32) if fd >> 31 else fd
-    if not isinstance(client.resolve_fd(signed), SevFile):
+    if not isinstance(client.file(signed), SevFile):
         raise KvmError(EBADF, f"descriptor {signed} is not /dev/sev")
     return direct(cmd, run, *args, **kwargs)
 

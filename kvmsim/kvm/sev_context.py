@@ -84,7 +84,7 @@ def _source(vm: Vm, enable: KvmEnableCap, client: Client) -> Vm:
     if vm.machine.preset.vendor == "intel":
         raise KvmError(EINVAL, "the vendor's part of KVM has no such operation")
     number = enable.arg0 & 0xFFFF_FFFF
-    source = client.resolve_fd(number - (1 << 32) if number >> 31 else number)
+    source = client.file(number - (1 << 32) if number >> 31 else number)
     if not isinstance(source, VmFile):
         raise KvmError(EBADF, f"descriptor {number} is not a VM")
     if source is vm:
