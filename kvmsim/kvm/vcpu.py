@@ -238,11 +238,14 @@ class Vcpu(VcpuFile):
         return bytes(self._regs)
 
     def set_regs(self, data: bytes) -> None:
-        """KVM_SET_REGS. Flags bit 1 always reads as one."""
+        """KVM_SET_REGS. Flags bit 1 always reads as one; a pending exception is forgotten."""
         self._regs = bytearray(data)
         self.rip = KVM_REGS.get(data, "rip")
         KVM_REGS.put(self._regs, "rflags", KVM_REGS.get(data, "rflags") | RESET_RFLAGS)
         self._note_interrupt_flag()
+        waiting = self.state.get(events.Events)
+        if isinstance(waiting, events.Events):
+            waiting.exception.pending = False
 
     def _note_interrupt_flag(self) -> None:
         """What the page says about interrupts; an in-kernel PIC injects them itself."""

@@ -181,6 +181,17 @@ world_of_intel = in_both_worlds('vendor = "intel"\n')
 
 
 @pytest.fixture
+def both_worlds(kvm):
+    """The kernel's KVM and ours, in this order."""
+    if not os.access(DEVICE, os.R_OK | os.W_OK):
+        pytest.skip("no usable /dev/kvm on this machine")
+    pair = Real(), Emulated(kvm)
+    yield pair
+    for world in pair:
+        world.close()
+
+
+@pytest.fixture
 def vm(world):
     return world.make(world.system, ioctls.KVM_CREATE_VM)
 

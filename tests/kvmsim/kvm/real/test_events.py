@@ -193,3 +193,12 @@ def test_one_nmi_waits_while_another_is_handled(get, put, handling):
 def test_what_is_looked_at_last_is_refused_when_the_rest_is_done(get, put, flags, last):
     assert put(flags=flags, exception__injected=1, exception__nr=13, **last) == INVALID
     assert get("exception.injected", "exception.nr") == [1, 13]
+
+
+def test_setting_registers_forgets_a_pending_exception(world, vcpu, enable, get, put):
+    enable(164)
+    put(flags=PAYLOAD, exception__pending=1, exception__nr=13)
+    registers = bytearray(144)
+    world.ioctl(vcpu, ioctls.KVM_GET_REGS, registers)
+    world.ioctl(vcpu, ioctls.KVM_SET_REGS, registers)
+    assert get("exception.pending", "exception.nr") == [0, 13]
