@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -166,7 +166,7 @@ async def attend(launched: Launched, serve: Callable[[], Awaitable[None]]) -> in
     ended: list[int] = []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_reap, launched, ended)
-        await nursery.start(_forward_signals, launched.pid)
+        await nursery.start(_forward_signals, launched, ended, nursery.cancel_scope)
         await serve()
         nursery.cancel_scope.cancel()
     if not ended:  # at this very moment, or its filter would still be in use
@@ -185,16 +185,24 @@ async def _reap(launched: Launched, ended: list[int]) -> None:
 
 
 async def _forward_signals(
-    pid: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    launched: Launched,
+    ended: list[int],
+    service: trio.CancelScope,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """The client ends first; an interrupt from the terminal reaches it by itself."""
+    """The client ends first; an interrupt from the terminal reaches it by itself.
+
+    With the program ended, a signal ends the service of what it left behind.
+    """
     with trio.open_signal_receiver(*_RECEIVED) as received:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _RECEIVED)
         task_status.started()
         async for number in received:
-            if number in _FORWARDED:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
+            if ended:  # its number may be another's
+                service.cancel()
+            elif number in _FORWARDED:
+                os.kill(launched.pid, number)
 
 
 def _allow_many_descriptors() -> None:

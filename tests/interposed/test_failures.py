@@ -47,6 +47,23 @@ def test_termination_of_the_supervisor_reaches_the_client(compiled):
             os.kill(client, 0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_after_the_program_ended_leaves_its_children_alone(number):
+    program = 'sleep 60 & echo "$!"'
+    command = [sys.executable, SUPERVISE, "sh", "-c", program]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as supervisor:
+        left_behind = int(supervisor.stdout.readline())
+        time.sleep(0.3)
+        supervisor.send_signal(number)
+        try:
+            assert supervisor.wait(10) == 0
+        finally:
+            os.kill(left_behind, signal.SIGKILL)
+            supervisor.kill()
+
+
 def test_signals_to_the_supervisor_do_not_reach_calls_that_make_descriptors(
     halted, compiled, capfd
 ):
