@@ -32,6 +32,10 @@ entry. A guest that does nothing else gets no more of the supervisor than of a r
 FIRST_LOOK_NS = 500_000
 LAST_LOOK_NS = 5_000_000
 
+LOOKS_APART_NS = 100_000
+"""Time for each look for signals, on average: one takes about 10 us, and the supervisor has other
+work, so many waiting vCPUs are looked at less often."""
+
 # Where a run is. Plain numbers: they are compared at every step.
 IDLE = 0  # in user space
 GUEST = 1

@@ -23,7 +23,7 @@ from kvmsim.interpose.clients import FRESH_NS, Clients
 from kvmsim.interpose.descriptors import Descriptors
 from kvmsim.interpose.filter import NR_IOCTL
 from kvmsim.interpose.remap import Remap
-from kvmsim.interpose.runs import LAST_LOOK_NS, Run
+from kvmsim.interpose.runs import LAST_LOOK_NS, LOOKS_APART_NS, Run
 from kvmsim.interpose.signals import pending
 from kvmsim.kvm.devsev import SevFile
 from kvmsim.kvm.dispatch import KvmFile
@@ -545,7 +545,8 @@ class Supervisor:
         if signalled:
             run.interrupt(now_ns)
             return
-        run.look_after_ns = min(run.look_after_ns * 2, LAST_LOOK_NS)
+        longest_ns = max(LAST_LOOK_NS, len(self._parked) * LOOKS_APART_NS)
+        run.look_after_ns = min(run.look_after_ns * 2, longest_ns)
         run.look_at_ns = now_ns + run.look_after_ns
 
 

@@ -23,7 +23,7 @@ from kvmsim.engine.scripted import Scripted
 from kvmsim.host.accounting import CgroupAccounting
 from kvmsim.host.machine import Machine
 from kvmsim.host.presets import load
-from kvmsim.interpose import clients
+from kvmsim.interpose import clients, supervisor
 from kvmsim.interpose.filter import NR_FSTATFS, NR_IOCTL
 from kvmsim.interpose.supervisor import Supervisor
 from kvmsim.kvm.system import System
@@ -198,6 +198,22 @@ async def test_halted_guest_of_a_client_that_died_is_abandoned(autojump_clock):
         client.call(client.kvm, KVM_GET_API_VERSION)
         assert len(client.supervisor.descriptors) == 0
         assert client.answer(run) is None
+
+
+async def test_many_waiting_vcpus_are_looked_at_less_often(autojump_clock, monkeypatch):
+    looks = []
+    monkeypatch.setattr(supervisor, "pending", lambda *_: looks.append(1))
+    async with serving(Hlt()) as client:
+        vm = client.call(client.kvm, KVM_CREATE_VM)
+        assert client.call(vm, KVM_CREATE_IRQCHIP) == 0
+        vcpus = [client.call(vm, KVM_CREATE_VCPU, number) for number in range(200)]
+        for vcpu in vcpus:
+            client.begin(vcpu, KVM_RUN)
+        await trio.sleep(0.5)
+        assert len(looks) < 8000
+        client.supervisor.interrupt_all()
+        for fd in (vm, *vcpus):
+            os.close(fd)
 
 
 async def test_vcpu_that_is_closed_during_a_run_lives_until_its_end(autojump_clock):
