@@ -208,7 +208,9 @@ def _deliver_queued(vcpu: Vcpu, debug: GuestDebug) -> int | None:
 
 def apply_payload(vcpu: Vcpu, exception: QueuedException) -> None:
     """What a pending exception does to other registers happens now: a #DB changes DR6."""
-    if exception.has_payload and exception.vector == DB_VECTOR:
+    if not (exception.pending and exception.has_payload):
+        return
+    if exception.vector == DB_VECTOR:
         debug = of(vcpu)
         debug.dr6 = dr6_after(debug.dr6, exception.payload)
     exception.has_payload = False
