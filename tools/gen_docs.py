@@ -1,4 +1,4 @@
-"""Writes the generated pages of docs/: the control files from their rows, the commands' help."""
+"""Writes the generated pages of docs/: control files, commands, KVM's ABI, from their tables."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
+import gen_kvm_abi
 
 from cgfs.cli import cgfs
 from cgfs.controllers import CONTROLLERS
@@ -77,6 +78,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield DOCS / "cgroup-files.md", "\n".join([FILES_HEAD, core, *controllers, legacy])
     helps = [text for group in (cgfs, kvmsim) for text in help_texts(group)]
     yield DOCS / "commands.md", "\n".join([COMMANDS_HEAD, *helps])
+    yield DOCS / "kvm-abi.md", gen_kvm_abi.text()
 
 
 def section(title: str, files: Iterable[CFType]) -> str:

@@ -6,6 +6,10 @@ with one reply of the same ``id``, in the order of the requests::
     → {"id": 1, "method": "vm.stop", "params": {"name": "a"}}
     ← {"id": 1, "result": {...}}
     ← {"id": 1, "problem": {"message": "vm a: no such VM (ESRCH)", "exit_code": 69, "errno": 3}}
+
+A client that asked for it is told things besides, between the replies::
+
+    ← {"notice": "admitted", "params": {"waiter": 7}}
 """
 
 import os
@@ -57,6 +61,13 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     problem: Problem | None = None
 
 
+class Notice(msgspec.Struct, frozen=True):
+    """Something the server says without having been asked."""
+
+    notice: str
+    params: msgspec.Raw = msgspec.Raw(b"{}")
+
+
 class LineTooLongError(CommandError):
     """The other side sent more than a message may have; the connection cannot go on."""
 
@@ -91,9 +102,12 @@ class LineBuffer:
 _encoder = msgspec.json.Encoder()
 _requests = msgspec.json.Decoder(Request)
 _replies = msgspec.json.Decoder(Reply)
+_notices = msgspec.json.Decoder(Notice)
+
+_NOTICE_START = b'{"notice":'
 
 
-def encode_line(message: Request | Reply) -> bytes:
+def encode_line(message: Request | Reply | Notice) -> bytes:
     """One message with its newline."""
     return _encoder.encode(message) + b"\n"
 
@@ -158,3 +172,17 @@ def decode_reply(line: bytes) -> Reply:
         return _replies.decode(line)
     except msgspec.DecodeError as error:
         raise CommandError(f"not a reply: {error}", os.EX_PROTOCOL) from error
+
+
+def decode_news(line: bytes) -> Reply | Notice:
+    """What a server that may send notices has sent.
+
+    Raises:
+        CommandError: the line is neither (EX_PROTOCOL).
+    """
+    if not line.startswith(_NOTICE_START):
+        return decode_reply(line)
+    try:
+        return _notices.decode(line)
+    except msgspec.DecodeError as error:
+        raise CommandError(f"not a notice: {error}", os.EX_PROTOCOL) from error

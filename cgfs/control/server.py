@@ -2,6 +2,9 @@
 
 Every connection is one task; its requests are done one after the other, in their order. Who may
 connect is decided by the kernel's word for the peer (SO_PEERCRED), not by anything it says.
+
+A client that stays connected can be told things it did not ask for (:meth:`Connection.notify`).
+Notices and replies leave in the order in which they came about.
 """
 
 import logging
@@ -20,6 +23,7 @@ from cgfs.control.errors import CommandError
 from cgfs.control.protocol import (
     LineBuffer,
     LineTooLongError,
+    Notice,
     Problem,
     Reply,
     Request,
@@ -31,6 +35,9 @@ from cgfs.control.protocol import (
 log = logging.getLogger(__name__)
 
 RECEIVE_BYTES = 65536
+MAX_BACKLOG_BYTES = 16 << 20
+"""What may wait for a client that does not read; then it is cut off."""
+
 _UCRED = struct.Struct("3i")
 
 
@@ -43,13 +50,79 @@ class Peer:
     gid: int
 
 
+class Connection:
+    """One connected client.
+
+    Args:
+        stream: the way to it.
+
+    Attributes:
+        peer: who it is.
+        on_close: called once when the client is gone, whatever the reason, last one first.
+        scope: its life; cancelled to cut it off.
+    """
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.peer = peer_of(stream)
+        self.on_close: list[Callable[[], None]] = []
+        self.scope = trio.CancelScope()
+        self._stream = stream
+        self._backlog = bytearray()
+        self._news = trio.Event()
+        self._sending = trio.Lock()
+
+    def notify(self, notice: str, params: object) -> None:
+        """Tells the client something; does not wait until it has read that."""
+        self.queue(encode_line(Notice(notice, msgspec.Raw(encode_shown(params)))))
+        self._news.set()
+        if len(self._backlog) > MAX_BACKLOG_BYTES:
+            log.warning("pid %d does not read what it is told", self.peer.pid)
+            self.scope.cancel()
+
+    def queue(self, line: bytes) -> None:
+        """Puts a message behind those that wait; ``flush`` sends it."""
+        self._backlog += line
+
+    async def flush(self) -> None:
+        """Sends what waits.
+
+        Raises:
+            trio.BrokenResourceError: the client is gone.
+        """
+        async with self._sending:
+            while self._backlog:
+                data = bytes(self._backlog)
+                self._backlog.clear()
+                await self._stream.send_all(data)
+
+    async def send_notices(self) -> None:
+        """Sends notices as they come, until cancelled."""
+        while True:
+            await self._news.wait()
+            self._news = trio.Event()
+            await self.flush()
+
+    def closed(self) -> None:
+        """The client is gone."""
+        while self.on_close:
+            self.on_close.pop()()
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One thing that can be asked for: its name, the type of its parameters, what does it."""
+    """One thing that can be asked for.
+
+    Attributes:
+        name: by which it is asked for.
+        params: type of its parameters.
+        call: does it; called with the parameters and who asks.
+        connected: ``call`` gets the connection instead of the peer: what it does lasts as long.
+    """
 
     name: str
     params: type[Any]
-    call: Callable[[Any, Peer], Awaitable[object]]
+    call: Callable[[Any, Any], Awaitable[object]]
+    connected: bool = False
 
 
 def explain_nothing(_error: Exception) -> CommandError | None:
@@ -97,27 +170,38 @@ class Server:
         """Serves one client until it hangs up; nothing a client does ends the server."""
         async with stream:
             try:
-                await self._converse(stream)
-            except trio.BrokenResourceError:
-                log.debug("a client went before its answer")
+                client = Connection(stream)
+            except OSError:  # it has gone already
+                return
+            try:
+                with client.scope:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(client.send_notices)
+                        await self._converse(stream, client)
+                        client.scope.cancel()
+            except* trio.BrokenResourceError:
+                log.debug("pid %d went before its answer", client.peer.pid)
+            finally:
+                client.closed()
 
-    async def _converse(self, stream: trio.SocketStream) -> None:
-        peer = peer_of(stream)
+    async def _converse(self, stream: trio.SocketStream, client: Connection) -> None:
         lines = LineBuffer()
         try:
             while data := await stream.receive_some(RECEIVE_BYTES):
                 for line in lines.feed(data):
-                    await stream.send_all(encode_line(await self.answer(line, peer)))
+                    client.queue(encode_line(await self.answer(line, client)))
+                    await client.flush()
         except LineTooLongError as failure:
-            await stream.send_all(encode_line(Reply(0, problem=Problem.of(failure))))
+            client.queue(encode_line(Reply(0, problem=Problem.of(failure))))
+            await client.flush()
 
-    async def answer(self, line: bytes, peer: Peer) -> Reply:
+    async def answer(self, line: bytes, client: Connection) -> Reply:
         """Does what one line asks for; failures become replies."""
         number = 0
         try:
             request = decode_request(line)
             number = request.id
-            result = await self._call(request, peer)
+            result = await self._call(request, client)
             return Reply(number, result=msgspec.Raw(encode_shown(result)))
         except CommandError as failure:
             return Reply(number, problem=Problem.of(failure))
@@ -125,7 +209,8 @@ class Server:
             known = self._explain(error) or _our_bug(error)
             return Reply(number, problem=Problem.of(known))
 
-    async def _call(self, request: Request, peer: Peer) -> object:
+    async def _call(self, request: Request, client: Connection) -> object:
+        peer = client.peer
         if not self._may_use(peer):
             raise CommandError(f"uid {peer.uid} may not use this socket", os.EX_NOPERM)
         method = self._methods.get(request.method)
@@ -135,7 +220,7 @@ class Server:
             params = msgspec.json.decode(request.params, type=method.params)
         except msgspec.DecodeError as error:
             raise CommandError(f"{request.method}: {error}", os.EX_USAGE) from error
-        return await method.call(params, peer)
+        return await method.call(params, client if method.connected else peer)
 
 
 def owner_and_root(peer: Peer) -> bool:

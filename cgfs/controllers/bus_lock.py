@@ -115,6 +115,7 @@ class BusLockCss(Css):
         """Hand those who wait here to the parent, whose limits are theirs from here on."""
         if self.parent is not None:
             self.budget.tree.remove(self.budget, now_ns)
+            self.controller.limits_changed()
 
 
 def _max_show(css: BusLockCss, _caller: Caller) -> str:
@@ -153,6 +154,7 @@ def parse_max(text: bytes, period_ns: int) -> tuple[int, int]:
 def _max_write(css: BusLockCss, text: bytes, _opener: Caller, now_ns: int) -> None:
     quota, period_ns = parse_max(text, css.budget.period_ns)
     css.budget.tree.set_limit(css.budget, quota, period_ns, now_ns)
+    css.controller.limits_changed()
 
 
 def _stat_show(css: BusLockCss, _caller: Caller) -> str:
@@ -178,6 +180,7 @@ class BusLock(Controller):
 
     Attributes:
         on_ready: called when the next admission is due earlier than it was; must only record.
+        on_limits: called when some cgroup's limit is another one, or is gone.
     """
 
     name = "bus_lock"
@@ -221,6 +224,12 @@ class BusLock(Controller):
         super().__init__()
         self._tree: BudgetTree[BusLockCss] | None = None
         self.on_ready: Callable[[], None] | None = None
+        self.on_limits: Callable[[], None] | None = None
+
+    def limits_changed(self) -> None:
+        """Tell whoever keeps in mind which cgroups are limited."""
+        if self.on_limits is not None:
+            self.on_limits()
 
     def css_alloc(self, cgrp: Cgroup, parent: Css | None, owner: Caller, now_ns: int) -> BusLockCss:
         """State without a limit."""

@@ -83,6 +83,13 @@ class EncryptionIdsCss(Css):
             css.usage[index] += amount
         self.pin()
 
+    def fits(self, type: str, amount: int = 1) -> bool:
+        """Whether a charge would be within every limit by now."""
+        index = self.controller.index(type)
+        capacity = self.controller.capacity[index]
+        states = self.ancestors()
+        return all(css.usage[index] + amount <= min(css.max[index], capacity) for css in states)
+
     def uncharge(self, type: str, amount: int = 1) -> None:
         """Return a charge made here; it works on a removed cgroup as well."""
         index = self.controller.index(type)
@@ -90,7 +97,7 @@ class EncryptionIdsCss(Css):
             return
         for css in self.ancestors():
             css.usage[index] -= amount
-            if css.usage[index] < 0:
+            if css.usage[index] < 0 and not self.controller.below_zero:
                 msg = f"{css.cgrp.path}: {type} uncharged below zero"
                 raise AssertionError(msg)
         self.unpin()
@@ -145,6 +152,7 @@ class EncryptionIds(Controller):
 
     Attributes:
         capacity: IDs of the machine, in the order of ``TYPES``.
+        below_zero: usage may fall below 0; else that is an error of ours.
     """
 
     name = "encryption_ids"
@@ -153,6 +161,7 @@ class EncryptionIds(Controller):
     def __init__(self) -> None:
         super().__init__()
         self.capacity = [0] * len(TYPES)
+        self.below_zero = False
 
     def css_alloc(
         self, cgrp: Cgroup, parent: Css | None, owner: Caller, now_ns: int

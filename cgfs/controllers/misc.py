@@ -107,6 +107,12 @@ class MiscCss(Css):
             charged.append(account)
         self.pin()
 
+    def fits(self, resource: str, amount: int = 1) -> bool:
+        """Whether a charge would be within every limit by now; counts nothing."""
+        capacity = self.controller.capacity_of(resource)
+        accounts = (css.account(resource) for css in self.ancestors())
+        return all(account.usage + amount <= min(account.max, capacity) for account in accounts)
+
     def uncharge(self, resource: str, amount: int = 1) -> None:
         """Return a charge made here; it works on a removed cgroup as well."""
         if not amount:
@@ -114,7 +120,7 @@ class MiscCss(Css):
         for css in self.ancestors():
             account = css.own_account(resource)
             account.usage -= amount
-            if account.usage < 0:
+            if account.usage < 0 and not self.controller.below_zero:
                 msg = f"{css.cgrp.path}: {resource} uncharged below zero"
                 raise AssertionError(msg)
         self.unpin()
@@ -170,7 +176,9 @@ def _max_write(css: MiscCss, text: bytes, _opener: Caller, _now_ns: int) -> None
 
 def _current_show(css: MiscCss, _caller: Caller) -> str:
     capacity = css.controller.capacity_of
-    return _lines(css, lambda name, r: f" {r.usage}" if capacity(name) or r.usage else None)
+    return _lines(
+        css, lambda name, r: f" {r.usage & U64_MAX}" if capacity(name) or r.usage else None
+    )
 
 
 def _peak_show(css: MiscCss, _caller: Caller) -> str:
@@ -196,6 +204,7 @@ class Misc(Controller):
 
     Attributes:
         resources: names of all resources, in print order.
+        below_zero: usage may fall below 0, where Linux only warns; else that is an error of ours.
     """
 
     name = "misc"
@@ -247,6 +256,7 @@ class Misc(Controller):
         super().__init__()
         self.resources: list[str] = list(COMPILED_IN)
         self._capacity: dict[str, int] = {}
+        self.below_zero = False
 
     def css_alloc(self, cgrp: Cgroup, parent: Css | None, owner: Caller, now_ns: int) -> MiscCss:
         """State without limits or charges."""

@@ -185,10 +185,16 @@ class Task:
 
 
 class TaskTable:
-    """All tracked processes of a host."""
+    """All tracked processes of a host.
+
+    Attributes:
+        processes: who knows the real ones.
+        followers: pid of a real process -> who hears what a cgroup does to it, beside itself.
+    """
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
+        self.followers: dict[int, list[TaskOwner]] = {}
         self._tasks: dict[int, Task] = {}
         self._next_emulated_pid = FIRST_EMULATED_PID
 
@@ -285,6 +291,8 @@ class TaskTable:
         for cgrp in list(task.places.values()):
             cgrp.remove_member(task, now_ns)
         task.places.clear()
+        for follower in self._followers(task):
+            follower.moved(now_ns)
 
     def move(self, task: Task, dst: Cgroup, now_ns: int) -> None:
         """Put a whole process into a cgroup of some hierarchy.
@@ -322,6 +330,23 @@ class TaskTable:
         self.thaw(task, now_ns)
         if task.owner is not None:
             task.owner.moved(now_ns)
+        for follower in self._followers(task):
+            follower.moved(now_ns)
+
+    def _followers(self, task: Task) -> tuple[TaskOwner, ...]:
+        """A copy: one who hears something may stop following."""
+        return tuple(self.followers.get(task.pid, ()))
+
+    def follow(self, pid: int, follower: TaskOwner) -> None:
+        """Tell somebody besides what happens to a real process."""
+        self.followers.setdefault(pid, []).append(follower)
+
+    def unfollow(self, pid: int, follower: TaskOwner) -> None:
+        """Tell them no longer."""
+        remaining = self.followers[pid]
+        remaining.remove(follower)
+        if not remaining:
+            del self.followers[pid]
 
     def move_thread(self, task: Task, tid: int, dst: Cgroup, now_ns: int) -> None:
         """Put one thread of a real process into a cgroup; one that has exited stays behind."""
@@ -368,6 +393,8 @@ class TaskTable:
             task.owner.frozen(frozen=True, now_ns=now_ns)
         else:
             self.processes.freeze(task.pid)
+        for follower in self._followers(task):
+            follower.frozen(frozen=True, now_ns=now_ns)
         return True
 
     def thaw(self, task: Task, now_ns: int) -> None:
@@ -382,6 +409,8 @@ class TaskTable:
             task.owner.frozen(frozen=False, now_ns=now_ns)
         else:
             self.processes.thaw(task.pid)
+        for follower in self._followers(task):
+            follower.frozen(frozen=False, now_ns=now_ns)
 
     def kill(self, task: Task, now_ns: int) -> None:
         """SIGKILL."""
@@ -389,6 +418,8 @@ class TaskTable:
             task.owner.killed(now_ns)
         else:
             self.processes.kill(task.pid)
+        for follower in self._followers(task):
+            follower.killed(now_ns)
 
     def threads(self, task: Task) -> list[int]:
         """Thread ids of a tracked process."""

@@ -414,7 +414,7 @@ class Operations(Refusals):
         return errno.ESTALE
 
     @answers
-    def read(self, fh: int, off: int, size: int) -> bytes:
+    def read(self, fh: int, off: int, size: int) -> bytes | Coroutine[Any, Any, bytes]:
         """READ: text is generated at offset 0 and wherever the previous read did not end."""
         handle = self._files.files[fh]
         # The page cache asks by pages, and may have those before from another descriptor.
@@ -425,10 +425,21 @@ class Operations(Refusals):
                     raise FUSEError(errno.ENODEV)
                 return b""
         else:
+            if handle.row.kind is not _CONFIG and (settling := self._tree.settle(handle.row)):
+                return self._read_settled(settling, handle, off, size)
             text = self._generate(handle)
             if not off and size >= len(text):
                 handle.next = len(text)
                 return text
+        return self._chunk(handle, text, off, size)
+
+    async def _read_settled(
+        self, settling: Coroutine[Any, Any, None], handle: Handle, off: int, size: int
+    ) -> bytes:
+        await settling
+        return self._chunk(handle, self._generate(handle), off, size)
+
+    def _chunk(self, handle: Handle, text: bytes, off: int, size: int) -> bytes:
         chunk = text[off : off + size]
         handle.next = off + len(chunk)
         return chunk

@@ -25,7 +25,8 @@ from cgfs.views import xattrs
 from cgfs.views.static import Directory, TextFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
+    from typing import Any
 
     from cgfs.core.caller import Caller
     from cgfs.core.roots import Roots
@@ -89,6 +90,10 @@ def _nothing() -> None:
     """A host whose model is always up to date."""
 
 
+def _settled(_row: CFType) -> None:
+    """Nothing is on its way."""
+
+
 def _unknown(_ino: Ino) -> bool:
     """Nobody outside holds a reference to any inode."""
     return False
@@ -109,6 +114,8 @@ class Tree:
             dropped when none of its inodes is known any longer.
         before_access: called by the adapter before live text is read or anything is changed:
             the host brings its model up to the present.
+        settle: called by the adapter before live text of a row is read; what has to be awaited
+            first, None for nothing.
     """
 
     def __init__(self, roots: Roots, top: Directory | Cgroup, epoch_ns: int = 0) -> None:
@@ -118,6 +125,7 @@ class Tree:
         self.listener: Listener = Silence()
         self.known: Callable[[Ino], bool] = _unknown
         self.before_access: Callable[[], None] = _nothing
+        self.settle: Callable[[CFType], Coroutine[Any, Any, None] | None] = _settled
         self._nodes = roots.nodes
         self._removed: set[int] = set()
         self._register(top)

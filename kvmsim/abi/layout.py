@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 #: C type -> format of one little-endian element without padding.
-FORMATS = {"u8": "<B", "u16": "<H", "u32": "<I", "u64": "<Q"}
+FORMATS = {"u8": "<B", "u16": "<H", "s16": "<h", "u32": "<I", "u64": "<Q"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Field:
 
     Attributes:
         offset: bytes from the start of the structure.
-        ctype: ``u8``, ``u16``, ``u32`` or ``u64``.
+        ctype: ``u8``, ``u16``, ``s16``, ``u32`` or ``u64``.
         count: elements of an array; 1 for a scalar.
     """
 

@@ -45,6 +45,19 @@ KVM_CPUID_ENTRY2: Final = Layout(
         "padding": Field(28, "u32", 3),
     },
 )
+#: The entry of the older KVM_SET_CPUID.
+KVM_CPUID_ENTRY: Final = Layout(
+    "kvm_cpuid_entry",
+    24,
+    {
+        "function": Field(0, "u32"),
+        "eax": Field(4, "u32"),
+        "ebx": Field(8, "u32"),
+        "ecx": Field(12, "u32"),
+        "edx": Field(16, "u32"),
+        "padding": Field(20, "u32"),
+    },
+)
 KVM_MAX_CPUID_ENTRIES: Final = 256
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX: Final = 1  # the kernel's own spelling
 
@@ -58,6 +71,8 @@ KVM_DEVICE_ATTR: Final = Layout(
         "addr": Field(16, "u64"),
     },
 )
+KVM_X86_GRP_SYSTEM: Final = 0
+KVM_X86_XCOMP_GUEST_SUPP: Final = 0
 KVM_X86_GRP_SEV: Final = 1
 KVM_X86_SEV_VMSA_FEATURES: Final = 0
 
@@ -69,6 +84,39 @@ KVM_MSR_ENTRY: Final = Layout(
     {"index": Field(0, "u32"), "reserved": Field(4, "u32"), "data": Field(8, "u64")},
 )
 MAX_IO_MSRS: Final = 256
+#: Header of the variable-length table; ``indices`` follow at offset 4.
+KVM_MSR_LIST: Final = Layout("kvm_msr_list", 4, {"nmsrs": Field(0, "u32")})
+
+KVM_MSR_FILTER_MAX_RANGES: Final = 16
+KVM_MSR_FILTER_MAX_BITMAP_SIZE: Final = 0x600
+KVM_MSR_FILTER_RANGE: Final = Layout(
+    "kvm_msr_filter_range",
+    24,
+    {
+        "flags": Field(0, "u32"),
+        "nmsrs": Field(4, "u32"),
+        "base": Field(8, "u32"),
+        "bitmap": Field(16, "u64"),
+    },
+)
+#: ``ranges`` follow at offset 8.
+KVM_MSR_FILTER: Final = Layout("kvm_msr_filter", 392, {"flags": Field(0, "u32")})
+KVM_MSR_FILTER_READ: Final = 1 << 0
+KVM_MSR_FILTER_WRITE: Final = 1 << 1
+KVM_MSR_FILTER_DEFAULT_DENY: Final = 1 << 0
+
+#: Header of the variable-length table; ``events`` follow at offset 32.
+KVM_PMU_EVENT_FILTER: Final = Layout(
+    "kvm_pmu_event_filter",
+    32,
+    {
+        "action": Field(0, "u32"),
+        "nevents": Field(4, "u32"),
+        "fixed_counter_bitmap": Field(8, "u32"),
+        "flags": Field(12, "u32"),
+    },
+)
+KVM_PMU_EVENT_FILTER_MAX_EVENTS: Final = 300
 MSR_IA32_DEBUGCTL: Final = 0x1D9
 
 KVM_DEBUGREGS: Final = Layout(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from cgfs.control.errors import CommandError
@@ -17,8 +18,9 @@ from cgfs.controllers.misc import Misc
 from cgfs.core.roots import Roots
 from cgfs.views.tree import Tree
 from kvmsim.abi import caps
+from kvmsim.builder.clients import Clients
 from kvmsim.builder.files import Files
-from kvmsim.builder.layout import host_root
+from kvmsim.builder.layout import KVM_STATISTICS, host_root
 from kvmsim.builder.process import VmProcess
 from kvmsim.control.messages import HostSnapshot, Resource, StartVm, VmSnapshot
 from kvmsim.engine.synthetic import parse_guest
@@ -37,8 +39,10 @@ if TYPE_CHECKING:
     import trio
 
     from cgfs.control.launch import Launch
+    from cgfs.control.server import Peer
     from cgfs.core.cgroup import Cgroup
     from cgfs.core.tasks import Processes
+    from kvmsim.builder.clients import ClientSession
     from kvmsim.engine.base import GuestEngine
     from kvmsim.host.presets import Preset
     from kvmsim.vmm.timeline import Limiter
@@ -70,6 +74,7 @@ class Host:
 
     Attributes:
         roots: its cgroup hierarchies.
+        accounting: who charges them.
         machine: the hardware, and what its kernel makes of it.
         system: its KVM.
         timeline: its time.
@@ -77,6 +82,7 @@ class Host:
         tree: its root directory.
         files: the same, to read and write without a mount.
         vms: its running VMs by name, oldest first.
+        clients: supervisors of programs that use its KVM.
         place: where it is mounted; None without a mount.
         process_tracking: how real processes are followed, for people.
     """
@@ -98,7 +104,8 @@ class Host:
         if isinstance(misc, Misc):
             for resource in preset.misc:
                 misc.add_resource(resource)
-        self.machine = Machine(preset, self.roots, CgroupAccounting(self.roots))
+        self.accounting = CgroupAccounting(self.roots)
+        self.machine = Machine(preset, self.roots, self.accounting)
         self.system = System(self.machine)
         limiter = cast("Limiter | None", self.roots.controllers.get("bus_lock"))
         self.timeline = Timeline(limiter, bus_lock_stall_ns=self.machine.bus_lock_stall_ns)
@@ -111,6 +118,8 @@ class Host:
         self.tree = Tree(self.roots, top, epoch_ns - self._started_ns)
         self.tree.before_access = self.catch_up
         self.files = Files(self.tree, self.now_ns)
+        self.clients = Clients(self)
+        self.tree.settle = self.clients.before_read
 
     # -- time ----------------------------------------------------------------------------------
 
@@ -130,8 +139,19 @@ class Host:
         """Ends every VM."""
         for process in list(self.vms.values()):
             process.killed(self.timeline.now_ns)
+        self.clients.close()
+
+    def attach_client(
+        self, program: str, peer: Peer, notify: Callable[[str, object], None]
+    ) -> ClientSession:
+        """Lets a supervisor of client programs in."""
+        return self.clients.attach(program, peer, notify)
 
     # -- virtual machines ------------------------------------------------------------------------
+
+    async def settle(self) -> None:
+        """Waits until clients' supervisors have given back what was closed."""
+        await self.clients.settle()
 
     def start_vm(
         self, request: StartVm, caller_pid: int = 0, engines: Engines | None = None
@@ -210,6 +230,9 @@ class Host:
         self.catch_up()
         process = self.vms.get(name)
         if process is None:
+            for client in self.clients:
+                if (owner := client.vms.owner(name)) is not None:
+                    raise CommandError(f"it belongs to a program: end process {owner}")
             raise CommandError("no such VM")
         snapshot = process.snapshot(self.timeline.now_ns)
         process.killed(self.timeline.now_ns)
@@ -235,6 +258,7 @@ class Host:
         """The host at a glance."""
         self.catch_up()
         used = [vm.key.charge.kind for vm in self.system.vms if vm.key is not None]
+        used += [kind for client in self.clients for kind in client.kinds_held()]
         place = self.place
         log_file = place.log if place else None
         return HostSnapshot(
@@ -248,7 +272,7 @@ class Host:
                 name: Resource(capacity, used.count(name))
                 for name, capacity in self.machine.capacities.items()
             },
-            vms=len(self.vms),
+            vms=len(self.vms) + sum(len(client.vms) for client in self.clients),
             cgroups=1 + self.roots.v2.root.nr_descendants,
             process_tracking=self.process_tracking,
             seed=self.seed,
@@ -260,27 +284,24 @@ class Host:
         )
 
     def vm_statistics(self) -> list[VmSnapshot]:
-        """Every VM, in the order they were started."""
+        """Every VM, in the order they were started; those of clients after the host's own."""
         self.catch_up()
-        return [process.snapshot(self.timeline.now_ns) for process in self.vms.values()]
+        now_ns = self.timeline.now_ns
+        own = [process.snapshot(now_ns) for process in self.vms.values()]
+        return own + [vm for client in self.clients for vm in client.vms.snapshots(now_ns)]
 
     def kvm_statistics(self) -> dict[str, Callable[[], int]]:
         """KVM's statistics files in debugfs: sums over all VMs."""
 
-        def exits(*names: str) -> Callable[[], int]:
-            def count() -> int:
-                vms = [vm.statistics() for vm in self.system.vms]
-                return sum(vm.exits.get(name, 0) for vm in vms for name in names)
+        def count(names: tuple[str, ...]) -> int:
+            own = (vm.statistics().exits for vm in self.system.vms)
+            return sum(
+                number for exits in own for name, number in exits.items() if _counts(names, name)
+            ) + sum(client.vms.exits(names) for client in self.clients)
 
-            return count
+        return {name: partial(count, names) for name, names in KVM_STATISTICS.items()}
 
-        def every_exit() -> int:
-            return sum(sum(vm.statistics().exits.values()) for vm in self.system.vms)
 
-        return {
-            "exits": every_exit,
-            "halt_exits": exits("HLT"),
-            "io_exits": exits("IO"),
-            "mmio_exits": exits("MMIO"),
-            "signal_exits": exits("INTR"),
-        }
+def _counts(names: tuple[str, ...], name: str) -> bool:
+    """Whether a statistic counts an exit."""
+    return not names or name in names

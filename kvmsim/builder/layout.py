@@ -23,6 +23,15 @@ CGROUP = "sys/fs/cgroup"
 DEBUGFS = "sys/kernel/debug/kvm"
 NOTE = "EMULATED"
 
+KVM_STATISTICS: dict[str, tuple[str, ...]] = {
+    "exits": (),
+    "halt_exits": ("HLT",),
+    "io_exits": ("IO",),
+    "mmio_exits": ("MMIO",),
+    "signal_exits": ("INTR",),
+}
+"""KVM's files in debugfs -> the exits each counts; nothing for all of them."""
+
 NOTE_TEXT = """\
 This is an emulated host, made by kvmsim. Nothing here is hardware: its processors, SEV ASIDs, TDX
 keys and bus locks are a model, and no memory of any guest is encrypted.

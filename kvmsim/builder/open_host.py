@@ -50,6 +50,7 @@ async def open_host(
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(host.run)
+            await nursery.start(host.clients.run)
             try:
                 yield host
             finally:

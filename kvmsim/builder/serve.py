@@ -18,6 +18,7 @@ from cgfs.procs.choose import best_source
 from cgfs.procs.record import RecordedProcesses
 from cgfs.procs.release_agent import ReleaseAgent
 from kvmsim.builder.host import Host
+from kvmsim.control.client_methods import client_methods
 from kvmsim.control.explain import explain
 from kvmsim.control.methods import host_methods
 
@@ -68,13 +69,14 @@ async def _serve(options: HostOptions, launched: Launch) -> None:
     agent = ReleaseAgent()
     host.roots.use_processes(processes)
     host.roots.release = agent.submit
-    server = Server(host_methods(host), owner_and_root, explain)
+    server = Server([*host_methods(host), *client_methods(host)], owner_and_root, explain)
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(serving.stop_on_signal, nursery.cancel_scope)
             await nursery.start(watch.run, processes)
             await nursery.start(agent.run)
             await nursery.start(host.run)
+            await nursery.start(host.clients.run)
             mount: fuse.Mount = await nursery.start(_mount, host, options, launched)
             await nursery.start(server.serve, launched.socket)
             launched.ready()

@@ -13,6 +13,7 @@ kvmsim = LazyGroup(
         "down": "kvmsim.cli.down:down_command",
         "info": "kvmsim.cli.info:info_command",
         "presets": "kvmsim.cli.presets:presets_command",
+        "run": "kvmsim.cli.run:run_command",
         "up": "kvmsim.cli.up:up_command",
         "vm": "kvmsim.cli.vm:vm_group",
     },

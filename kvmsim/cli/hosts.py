@@ -30,7 +30,13 @@ def host_option(command: F) -> F:
 
 
 def connect(host: Path | None) -> Client:
-    """A connection to a host.
+    """A connection to a host; see :func:`find_host`."""
+    runtime, entry = find_host(host)
+    return Client(runtime.socket(Path(entry.directory)))
+
+
+def find_host(host: Path | None) -> tuple[RuntimeDir, Entry]:
+    """A running host, and where its socket is.
 
     Args:
         host: its directory as the user wrote it; None for the only one this user runs.
@@ -45,7 +51,7 @@ def connect(host: Path | None) -> Client:
             f"{directory}: the host has died, see {runtime.log(directory)};"
             f" clear it with: kvmsim down {directory}"
         )
-    return Client(runtime.socket(directory))
+    return runtime, entry
 
 
 def _named(host: Path) -> tuple[RuntimeDir, Entry]:

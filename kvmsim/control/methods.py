@@ -23,6 +23,9 @@ class HostApi(Protocol):
     def vm_statistics(self) -> list[VmSnapshot]:
         """Every VM, in the order they were started."""
 
+    async def settle(self) -> None:
+        """Wait for what clients have closed, so that nothing is refused for it."""
+
     def start_vm(self, request: StartVm, caller_pid: int) -> VmSnapshot:
         """Starts a VM; raises what ``explain`` knows."""
 
@@ -46,6 +49,7 @@ def host_methods(host: HostApi) -> list[Method]:
         raise CommandError(f"vm {params.name}: no such VM")
 
     async def start(params: StartVm, peer: Peer) -> VmSnapshot:
+        await host.settle()
         return _about(params.name, partial(host.start_vm, params, peer.pid))
 
     async def stop(params: NamedVm, _peer: Peer) -> VmSnapshot:

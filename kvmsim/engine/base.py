@@ -128,11 +128,16 @@ class IrqWindow(StopBase):
 
 
 @dataclass(slots=True)
+class Signal(StopBase):
+    """A signal arrives for the thread that runs the vCPU: KVM_RUN returns EINTR."""
+
+
+@dataclass(slots=True)
 class InKernel(StopBase):
     """An exit KVM handles itself: EPT violation, CPUID, preemption timer. The guest goes on."""
 
 
-Stop = BusLock | Hlt | Io | Mmio | Shutdown | InternalError | Debug | IrqWindow | InKernel
+Stop = BusLock | Hlt | Io | Mmio | Shutdown | InternalError | Debug | IrqWindow | Signal | InKernel
 
 
 class GuestVcpu(Protocol):

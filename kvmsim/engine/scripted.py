@@ -22,6 +22,7 @@ shutdown
 internal-error  suberror=N, data=N,N,...
 debug           exception=N, dr6=N, dr7=N
 irq-window
+eintr                                            a signal for the vCPU's thread
 in-kernel
 ==============  ====================================================================
 
@@ -46,6 +47,7 @@ from kvmsim.engine.base import (
     IrqWindow,
     Mmio,
     Shutdown,
+    Signal,
 )
 from kvmsim.errors import ConfigError
 
@@ -187,6 +189,7 @@ _WORDS: dict[str, tuple[Callable[..., Stop], Converters]] = {
         {"exception": _number(0, 31), "dr6": _number(0, _U64), "dr7": _number(0, _U64)},
     ),
     "irq-window": (IrqWindow, {}),
+    "eintr": (Signal, {}),
     "in-kernel": (InKernel, {}),
 }
 

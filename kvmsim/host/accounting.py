@@ -37,6 +37,9 @@ class ChargedCss(Protocol):
     def uncharge(self, resource: str, amount: int) -> None:
         """Give back."""
 
+    def fits(self, resource: str, amount: int) -> bool:
+        """Whether a charge would pass by now."""
+
 
 class BusLockState(Protocol):
     """What accounting uses of a cgroup's bus lock limiter."""
@@ -91,8 +94,17 @@ class Accounting(Protocol):
                 when the machine has none of this kind. Nothing is charged then.
         """
 
-    def uncharge_asid(self, charge: AsidCharge) -> None:
-        """End a charge, once, wherever the process is by now."""
+    def uncharge_asid(self, charge: AsidCharge, kind: str | None = None) -> None:
+        """End a charge, once, wherever the process is by now.
+
+        Args:
+            charge: what was charged.
+            kind: the kind to give back when it is not the one that was charged: the kernel's
+                mistake ``move_charges_wrong_type``.
+        """
+
+    def is_charged_to(self, pid: int, charge: AsidCharge) -> bool:
+        """Whether the cgroup a process is in now is the one that carries a charge."""
 
     def bus_lock(self, pid: int, waiter: Waiter, now_ns: int) -> bool:
         """Ask for admission of one bus lock.
@@ -151,11 +163,21 @@ class CgroupAccounting:
             charged.append(css)
         return AsidCharge(kind, tuple(charged))
 
-    def uncharge_asid(self, charge: AsidCharge) -> None:
+    def uncharge_asid(self, charge: AsidCharge, kind: str | None = None) -> None:
         """See :meth:`Accounting.uncharge_asid`."""
         charged, charge.charged = charge.charged, ()
         for css in reversed(charged):
-            css.uncharge(charge.kind, 1)
+            css.uncharge(kind or charge.kind, 1)
+
+    def fits(self, pid: int, kind: str) -> bool:
+        """Whether a charge to the cgroup a process is in now would be within every limit."""
+        states = (self._roots.css_of(pid, name) for name in self._charging[kind])
+        return all(cast("ChargedCss", css).fits(kind, 1) for css in states)
+
+    def is_charged_to(self, pid: int, charge: AsidCharge) -> bool:
+        """See :meth:`Accounting.is_charged_to`."""
+        now: list[object] = [self._roots.css_of(pid, name) for name in self._charging[charge.kind]]
+        return now == list(charge.charged)
 
     def bus_lock(self, pid: int, waiter: Waiter, now_ns: int) -> bool:
         """See :meth:`Accounting.bus_lock`."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class Counted(Protocol):
     """What a machine tells a controller."""
 
+    below_zero: bool
+
     def set_capacity(self, resource: str, amount: int) -> None:
         """Say how many units of a resource the machine has."""
 
@@ -107,4 +109,5 @@ class Machine:
                     counted = cast("Counted", roots.controller(controller))
                     if controller == "misc":
                         cast("Extensible", counted).add_resource(name)
+                    counted.below_zero = self.quirks.move_charges_wrong_type
                     counted.set_capacity(name, amount)

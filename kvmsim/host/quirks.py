@@ -1,6 +1,6 @@
 """Behaviour of a real kernel that looks like a mistake: one switch each, with its default.
 
-Source of each: kvm.md of the specification, sections A.3, D.1 and H.9.
+Source of each: kvm.md of the specification, sections A.3, D.1, D.8 and H.9.
 """
 
 from __future__ import annotations
@@ -17,8 +17,20 @@ class Quirks(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             initialise and SEV is off.
         debug_exit_hides_bus_lock: the DR6 a debugger gets says "no bus lock" whatever the cause
             (Intel).
+        mirror_drops_vmsa_features: a mirror does not inherit the VMSA features of its owner.
+        receive_update_einval: ``KVM_SEV_RECEIVE_UPDATE_DATA`` refuses a VM that is no SEV guest
+            with EINVAL, where all its neighbours say ENOTTY.
+        move_charges_wrong_type: moving an SEV-ES guest to another cgroup moves a ``sev`` unit
+            instead of its ``sev_es`` unit; counts fall below 0.
+        move_mirror_leaks_charge: moving a mirror charges the destination, which never gives back.
+        move_keeps_need_init: after a move a VM of an encrypted type still waits for its init.
     """
 
     sticky_bus_lock: bool = True
     psp_fail_keeps_capacity: bool = True
     debug_exit_hides_bus_lock: bool = True
+    mirror_drops_vmsa_features: bool = True
+    receive_update_einval: bool = True
+    move_charges_wrong_type: bool = False
+    move_mirror_leaks_charge: bool = False
+    move_keeps_need_init: bool = False

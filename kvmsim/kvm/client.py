@@ -2,16 +2,19 @@
 
 This is the seam at which real processes come in. KVM knows its caller only as a :class:`Client`:
 who is charged, whose address space it is, and how to reach memory behind a pointer. A front end for
-other processes implements the four members; code in this process uses :class:`LocalClient`, or
-gives a Python buffer wherever the ABI has a pointer.
+other processes implements the members; code in this process uses :class:`LocalClient`, or gives a
+Python buffer wherever the ABI has a pointer.
 """
 
 from __future__ import annotations
 
-from errno import EFAULT
-from typing import Protocol
+from errno import EBADF, EFAULT
+from typing import TYPE_CHECKING, Protocol, cast
 
 from kvmsim.errors import KvmError
+
+if TYPE_CHECKING:
+    from kvmsim.kvm.dispatch import KvmFile
 
 #: Where an argument points: an address in the client's memory, or a buffer of this process.
 Pointer = int | bytes | bytearray
@@ -23,6 +26,7 @@ class Client(Protocol):
     Attributes:
         pid: whose cgroup is charged for what the call takes.
         mm: identity of its address space. Objects made in one refuse calls from another.
+        memlock_bytes: how much memory it may pin: RLIMIT_MEMLOCK, or None with CAP_IPC_LOCK.
     """
 
     @property
@@ -33,11 +37,21 @@ class Client(Protocol):
     def mm(self) -> object:
         """See the class."""
 
+    @property
+    def memlock_bytes(self) -> int | None:
+        """See the class."""
+
+    def mapped(self, address: int, size_bytes: int, *, writable: bool) -> bool:
+        """Whether a whole range of the client's memory is mapped, so that it could be pinned."""
+
     def read(self, address: int, size_bytes: int) -> bytes:
         """Copy from the client's memory; KvmError EFAULT when it cannot be read."""
 
     def write(self, address: int, data: bytes) -> None:
         """Copy to the client's memory; KvmError EFAULT when it cannot be written."""
+
+    def file(self, fd: int) -> KvmFile | None:
+        """What is behind a descriptor; None: nothing of KVM's. KvmError EBADF: not open."""
 
 
 class LocalClient:
@@ -49,25 +63,55 @@ class LocalClient:
     Attributes:
         pid: as given.
         mm: the pid; two local clients of one pid share an address space.
+        memlock_bytes: as a process with CAP_IPC_LOCK has it, until set.
+        files: its descriptors.
     """
 
-    __slots__ = ("_end", "_mapped", "mm", "pid")
+    __slots__ = ("_end", "_mapped", "files", "memlock_bytes", "mm", "pid")
 
     _FIRST_ADDRESS = 0x7F00_0000_0000
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.mm: object = pid
-        self._mapped: dict[int, bytearray] = {}
+        self.memlock_bytes: int | None = None
+        self.files: dict[int, object] = {}
+        self._mapped: dict[int, bytes | bytearray] = {}
         self._end = self._FIRST_ADDRESS
 
-    def map(self, data: bytearray) -> int:
-        """Give a buffer an address, for structures that contain pointers."""
+    def install(self, file: KvmFile | None) -> int:
+        """Give an object a descriptor, for structures that contain some; None: a foreign one."""
+        return self.open(file)
+
+    def file(self, fd: int) -> KvmFile | None:
+        """See :meth:`Client.file`."""
+        if fd not in self.files:
+            raise KvmError(EBADF, f"descriptor {fd}")
+        return cast("KvmFile | None", self.files[fd])
+
+    def map(self, data: bytes | bytearray) -> int:
+        """Give a buffer an address, for structures that contain pointers; bytes are read-only."""
         address = self._end
         self._mapped[address] = data
         # A gap after each buffer, so that running over its end is a fault.
         self._end += (len(data) // 4096 + 2) * 4096
         return address
+
+    def open(self, file: object) -> int:
+        """Give an object the lowest free descriptor from 3 on."""
+        number = 3
+        while number in self.files:
+            number += 1
+        self.files[number] = file
+        return number
+
+    def mapped(self, address: int, size_bytes: int, *, writable: bool) -> bool:
+        """See :meth:`Client.mapped`. A buffer maps the whole of every page it touches."""
+        for start, data in self._mapped.items():
+            end = start + -(-len(data) // 4096) * 4096
+            if start <= address and address + size_bytes <= end:
+                return isinstance(data, bytearray) or not writable
+        return False
 
     def read(self, address: int, size_bytes: int) -> bytes:
         """See :meth:`Client.read`."""
@@ -77,9 +121,11 @@ class LocalClient:
     def write(self, address: int, data: bytes) -> None:
         """See :meth:`Client.write`."""
         target, offset = self._find(address, len(data))
+        if isinstance(target, bytes):
+            raise KvmError(EFAULT, f"read-only at {address:#x}")
         target[offset : offset + len(data)] = data
 
-    def _find(self, address: int, size_bytes: int) -> tuple[bytearray, int]:
+    def _find(self, address: int, size_bytes: int) -> tuple[bytes | bytearray, int]:
         for start, data in self._mapped.items():
             if start <= address and address + size_bytes <= start + len(data):
                 return data, address - start

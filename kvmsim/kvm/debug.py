@@ -31,11 +31,13 @@ from kvmsim.abi.structs import (
 )
 from kvmsim.engine.base import Debug
 from kvmsim.errors import KvmError
-from kvmsim.kvm import exits
+from kvmsim.kvm import capabilities, events, exits, protected
 from kvmsim.kvm.dispatch import VcpuFile, handles
+from kvmsim.kvm.events import DB_VECTOR
 
 if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import Call
+    from kvmsim.kvm.events import QueuedException
     from kvmsim.kvm.vcpu import Vcpu
 
 DR6_ACTIVE_LOW = exits.DR6_ACTIVE_LOW
@@ -51,7 +53,6 @@ DEBUGCTL_BUS_LOCK = 1 << 2
 
 FN7_EBX_RTM = 1 << 11
 FN7_ECX_BUS_LOCK_DETECT = 1 << 24
-DB_VECTOR = 1
 U32_MAX = 0xFFFF_FFFF
 
 
@@ -65,7 +66,7 @@ class GuestDebug:
         debugctl: ``IA32_DEBUGCTL`` as the guest reads it.
         control: what ``KVM_SET_GUEST_DEBUG`` asked for; 0 without a debugger.
         trap: payload of a #DB the processor still has to deliver, 0 without one.
-        queued: user space injected an exception that is not delivered yet.
+        queued: some event waits for the next entry; ``kvmsim.kvm.events`` has it.
         delivered: #DBs the guest has got.
     """
 
@@ -176,8 +177,9 @@ def bus_lock(debug: GuestDebug, cpl: int) -> None:
 
 
 def deliver(vcpu: Vcpu, debug: GuestDebug) -> int | None:
-    """Entering the guest: what is pending arrives. An exit reason, if a debugger takes it."""
-    debug.queued = False
+    """Entering the guest: what is pending arrives. An exit reason, if that ends the run."""
+    if debug.queued and (reason := _deliver_queued(vcpu, debug)) is not None:
+        return reason
     payload, debug.trap = debug.trap, 0
     if not payload:
         return None
@@ -190,13 +192,41 @@ def deliver(vcpu: Vcpu, debug: GuestDebug) -> int | None:
     return None
 
 
+def _deliver_queued(vcpu: Vcpu, debug: GuestDebug) -> int | None:
+    state = events.of(vcpu)
+    if state.triple_fault:
+        state.triple_fault = False
+        return exits.shutdown(vcpu)
+    arrived = state.delivered()
+    if arrived is not None and arrived.vector == DB_VECTOR:
+        apply_payload(vcpu, arrived)
+        debug.dr7 &= ~DR7_GD
+        debug.delivered += 1
+    debug.queued = state.waiting
+    return None
+
+
+def apply_payload(vcpu: Vcpu, exception: QueuedException) -> None:
+    """What a pending exception does to other registers happens now: a #DB changes DR6."""
+    if not (exception.pending and exception.has_payload):
+        return
+    if exception.vector == DB_VECTOR:
+        debug = of(vcpu)
+        debug.dr6 = dr6_after(debug.dr6, exception.payload)
+    exception.has_payload = False
+    exception.payload = 0
+
+
 # -- ioctls --------------------------------------------------------------------------------------
 
 
 @handles(VcpuFile, KVM_GET_DEBUGREGS)
 def get_debugregs(vcpu: Vcpu, call: Call) -> int:
-    """Copy the debug registers out."""
+    """Copy the debug registers out. Without KVM_CAP_EXCEPTION_PAYLOAD a pending #DB shows."""
+    protected.refuse(vcpu)
     debug = of(vcpu)
+    if not capabilities.of(vcpu.vm).exception_payload:
+        apply_payload(vcpu, events.of(vcpu).exception)
     data = KVM_DEBUGREGS.pack(dr6=debug.dr6, dr7=debug.dr7)
     for index, address in enumerate(debug.dr):
         KVM_DEBUGREGS.put(data, "db", address, index)
@@ -207,6 +237,7 @@ def get_debugregs(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_DEBUGREGS)
 def set_debugregs(vcpu: Vcpu, call: Call) -> int:
     """Take debug registers over. The fixed bits of DR6 are not applied (kvm.md B.1)."""
+    protected.refuse(vcpu)
     data = call.read(KVM_DEBUGREGS.size_bytes)
     dr6, dr7 = KVM_DEBUGREGS.get(data, "dr6"), KVM_DEBUGREGS.get(data, "dr7")
     if KVM_DEBUGREGS.get(data, "flags") or dr6 > U32_MAX or dr7 > U32_MAX:
@@ -220,12 +251,16 @@ def set_debugregs(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_GUEST_DEBUG)
 def set_guest_debug(vcpu: Vcpu, call: Call) -> int:
     """A debugger comes, changes its mind or goes. Unknown control bits are accepted."""
+    if protected.has_vmsa(vcpu):
+        raise KvmError(EINVAL, "a debugger needs registers that are not encrypted")
     control = KVM_GUEST_DEBUG.get(call.read(KVM_GUEST_DEBUG.size_bytes), "control")
     debug = of(vcpu)
     if control & (KVM_GUESTDBG_INJECT_DB | KVM_GUESTDBG_INJECT_BP):
-        if debug.queued:
+        if events.of(vcpu).exception.pending:
             raise KvmError(EBUSY, "an exception is pending")
         # Without a payload: DR6 stays as it is.
+        vector = DB_VECTOR if control & KVM_GUESTDBG_INJECT_DB else events.BP_VECTOR
+        events.queue_exception(vcpu, vector)
         debug.queued = True
     debug.control = control if control & KVM_GUESTDBG_ENABLE else 0
     return 0

@@ -8,7 +8,7 @@ Linux gives for that kind of descriptor.
 from __future__ import annotations
 
 from errno import EINVAL, ENOTTY
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, cast
 
 from kvmsim.errors import KvmError
 from kvmsim.kvm.client import Client, Pointer, copy_from_user, copy_to_user
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvmsim.kvm.run import Blocked
-
+    from kvmsim.kvm.vcpu import Vcpu
+    from kvmsim.kvm.vm import KvmEnableCap, Vm
 
 HandlerT = TypeVar("HandlerT", bound="Callable[[Any, Call], int | KvmFile | Blocked]")
 
@@ -97,6 +98,11 @@ class KvmFile:
         """Whose object this is."""
         raise NotImplementedError
 
+    @property
+    def link_name(self) -> str:
+        """What ``/proc/PID/fd`` calls a descriptor of it, after ``anon_inode:``."""
+        return ""
+
     def check(self, client: Client) -> None:
         """Refuse a caller before anything else is looked at; by default none."""
 
@@ -121,6 +127,41 @@ class VcpuFile(KvmFile):
 
     __slots__ = ()
     HANDLERS: ClassVar[dict[int, Callable[[Any, Call], int | KvmFile | Blocked]]] = {}
+
+
+Enabler: TypeAlias = "Callable[[Vm, KvmEnableCap, Client], int]"
+
+#: Capability -> what KVM_ENABLE_CAP does for it on a VM.
+ENABLERS: dict[int, Enabler] = {}
+
+
+def enables(cap: int) -> Callable[[Enabler], Enabler]:
+    """Enter a function ``(vm, enable, client) -> result`` as what enables a capability of a VM."""
+
+    def enter(enabler: Enabler) -> Enabler:
+        if cap in ENABLERS:
+            msg = f"capability {cap} is enabled twice"
+            raise ValueError(msg)
+        ENABLERS[cap] = enabler
+        return enabler
+
+    return enter
+
+
+StateT = TypeVar("StateT")
+
+
+def state_of(owner: Vm | Vcpu, kind: Callable[[Any], StateT]) -> StateT:
+    """The part of a VM's or vCPU's state that belongs to one subsystem; made when first used.
+
+    Args:
+        owner: the VM or vCPU.
+        kind: the class of the part; it is called with the owner.
+    """
+    part = owner.state.get(kind)
+    if part is None:
+        part = owner.state[kind] = kind(owner)
+    return cast("StateT", part)
 
 
 def handles(kind: type[KvmFile], request: int) -> Callable[[HandlerT], HandlerT]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kvmsim.abi.caps import KVM_MP_STATE_HALTED
 from kvmsim.abi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, Exit
 from kvmsim.abi.run import PIO_DATA_OFFSET
+from kvmsim.kvm import coalesced
 
 if TYPE_CHECKING:
     from kvmsim.engine.base import (
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
         StopBase,
     )
     from kvmsim.kvm.vcpu import Vcpu
+
+# Looked up once: see kvmsim.kvm.run.
+HLT, IO, MMIO = Exit.HLT, Exit.IO, Exit.MMIO
 
 DR6_ACTIVE_LOW = 0xFFFF0FF0
 DR6_BUS_LOCK = 1 << 11
@@ -40,16 +44,26 @@ def hlt(vcpu: Vcpu, stop: Hlt, now_ns: int) -> int | None:
     """HLT: to user space without an in-kernel APIC, else a wait inside KVM."""
     retire(vcpu, stop)
     if not vcpu.vm.irqchip:
-        return Exit.HLT
+        return HLT
     vcpu.mp_state = KVM_MP_STATE_HALTED
     after_ns = stop.wake_after_ns
     vcpu.wake_at_ns = None if after_ns is None else now_ns + after_ns
     return None
 
 
-def io(vcpu: Vcpu, stop: Io) -> int:
+def io(vcpu: Vcpu, stop: Io) -> int | None:
     """IN or OUT. OUTS goes out one element at a time, INS all at once."""
     size = stop.size
+    if stop.data and vcpu.vm.coalesced_zones:
+        while vcpu.io_done < len(stop.data):
+            element = stop.data[vcpu.io_done : vcpu.io_done + size]
+            if not coalesced.collect(vcpu, stop.port, element, pio=True):
+                break
+            vcpu.io_done += size
+        else:
+            vcpu.io_done = 0
+            retire(vcpu, stop)
+            return None
     if stop.data:
         element = stop.data[vcpu.io_done : vcpu.io_done + size]
         vcpu.run.memory[PIO_DATA_OFFSET : PIO_DATA_OFFSET + len(element)] = element
@@ -58,7 +72,7 @@ def io(vcpu: Vcpu, stop: Io) -> int:
         direction, count = KVM_EXIT_IO_IN, stop.count
     pack_into("<BBHIQ", vcpu.run.memory, 32, direction, size, stop.port, count, PIO_DATA_OFFSET)
     vcpu.pending, vcpu.pending_rip = stop, vcpu.rip
-    return Exit.IO
+    return IO
 
 
 def complete_io(vcpu: Vcpu, stop: Io) -> None:
@@ -75,13 +89,16 @@ def complete_io(vcpu: Vcpu, stop: Io) -> None:
     retire(vcpu, stop)
 
 
-def mmio(vcpu: Vcpu, stop: Mmio) -> int:
+def mmio(vcpu: Vcpu, stop: Mmio) -> int | None:
     """An access without a memslot."""
     data = stop.data
+    if data and vcpu.vm.coalesced_zones and coalesced.collect(vcpu, stop.gpa, data, pio=False):
+        retire(vcpu, stop)
+        return None
     size = len(data) if data else stop.size
     pack_into("<Q8sIB", vcpu.run.memory, 32, stop.gpa, data, size, bool(data))
     vcpu.pending, vcpu.pending_rip = stop, vcpu.rip
-    return Exit.MMIO
+    return MMIO
 
 
 def complete_mmio(vcpu: Vcpu, stop: Mmio) -> None:
@@ -112,6 +129,12 @@ def internal_error(vcpu: Vcpu, stop: InternalError) -> int:
     pack_into(f"<II{len(words)}Q", vcpu.run.memory, 32, stop.suberror, len(words), *words)
     vcpu.stop = None
     return Exit.INTERNAL_ERROR
+
+
+def fail_entry(vcpu: Vcpu, hardware_reason: int) -> int:
+    """The processor did not enter the guest."""
+    pack_into("<QI", vcpu.run.memory, 32, hardware_reason, 0)
+    return Exit.FAIL_ENTRY
 
 
 def debug(vcpu: Vcpu, stop: Debug) -> int:

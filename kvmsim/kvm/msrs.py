@@ -1,24 +1,150 @@
-"""KVM_GET_MSRS and KVM_SET_MSRS: as many entries as go, up to the first that is refused.
+"""KVM_GET_MSRS and KVM_SET_MSRS: tables of registers, as many entries as go well.
 
-The only register kept here is ``IA32_DEBUGCTL``; every other one is unknown to this machine.
+A register is a row: what it holds after reset and which values it takes from user space. A read or
+write that KVM refuses ends the table; the call returns how many entries were done. Rules: Linux
+6.12 x86.c ``kvm_set_msr_common``, for accesses by user space; guests' own are an engine's.
 """
 
 from __future__ import annotations
 
 from errno import E2BIG
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from kvmsim.abi.ioctls import KVM_GET_MSRS, KVM_SET_MSRS
-from kvmsim.abi.structs import KVM_MSR_ENTRY, KVM_MSRS, MAX_IO_MSRS, MSR_IA32_DEBUGCTL
+from kvmsim.abi import msrs as abi
+from kvmsim.abi.ioctls import (
+    KVM_GET_MSR_FEATURE_INDEX_LIST,
+    KVM_GET_MSR_INDEX_LIST,
+    KVM_GET_MSRS,
+    KVM_SET_MSRS,
+)
+from kvmsim.abi.regs import EFER_LMA
+from kvmsim.abi.structs import KVM_MSR_ENTRY, KVM_MSR_LIST, KVM_MSRS, MAX_IO_MSRS
 from kvmsim.errors import KvmError
-from kvmsim.kvm import debug
-from kvmsim.kvm.dispatch import VcpuFile, handles
+from kvmsim.kvm import clock, debug, mce, msr_rules, protected, sregs
+from kvmsim.kvm.dispatch import SystemFile, VcpuFile, handles, state_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from kvmsim.kvm.dispatch import Call
+    from kvmsim.kvm.system import System
     from kvmsim.kvm.vcpu import Vcpu
 
 _ENTRY_BYTES = KVM_MSR_ENTRY.size_bytes
+
+
+# -- one register --------------------------------------------------------------------------------
+
+
+def read(vcpu: Vcpu, index: int, now_ns: int) -> int | None:
+    """A register as user space reads it; None: refused."""
+    if protected.hides_msr(vcpu, index):
+        return None if vcpu.state_protected else 0
+    special = SPECIAL.get(index)
+    if special is not None:
+        return special.read(vcpu, now_ns)
+    if mce.owns(vcpu, index):
+        return mce.read(vcpu, index)
+    return _read_stored(vcpu, index)
+
+
+def _read_stored(vcpu: Vcpu, index: int) -> int | None:
+    if index in abi.WRITE_ONLY:
+        return None
+    vendor = vcpu.vm.machine.preset.vendor
+    value = state_of(vcpu, msr_rules.Msrs).values.get(index)
+    if value is not None:
+        return value
+    rule = msr_rules.RULES.get(index)
+    if rule is not None and rule.vendor in {None, vendor}:
+        return abi.FEATURES[vendor].get(index, rule.reset) if rule.of_host else rule.reset
+    # Linux 6.12 kvm_do_msr_access: what is in the list reads as 0, also without the feature.
+    return 0 if index in abi.SAVED[vendor] else None
+
+
+def write(vcpu: Vcpu, index: int, value: int, now_ns: int) -> bool:
+    """Set a register from user space; False: refused, nothing changed."""
+    if protected.hides_msr(vcpu, index):
+        return not vcpu.state_protected
+    special = SPECIAL.get(index)
+    if special is not None:
+        return special.write(vcpu, value, now_ns)
+    if mce.owns(vcpu, index):
+        return mce.write(vcpu, index, value)
+    return _write_stored(vcpu, index, value)
+
+
+def _write_stored(vcpu: Vcpu, index: int, value: int) -> bool:
+    vendor = vcpu.vm.machine.preset.vendor
+    rule = msr_rules.RULES.get(index)
+    if rule is None or rule.vendor not in {None, vendor}:
+        return index in abi.SAVED[vendor] and value == 0
+    kept = rule.accept(vcpu, value)
+    if kept is None:
+        return False
+    if kept is not msr_rules.IGNORED:
+        state_of(vcpu, msr_rules.Msrs).values[index] = kept
+    return True
+
+
+# -- registers that other state stands behind ----------------------------------------------------
+
+
+class Special(NamedTuple):
+    """How to reach a register; a writer answers False to refuse."""
+
+    read: Callable[[Vcpu, int], int]
+    write: Callable[[Vcpu, int, int], bool]
+
+
+def _segment_base(name: str) -> Special:
+    def write_base(vcpu: Vcpu, value: int, now_ns: int) -> bool:
+        del now_ns
+        if not msr_rules.canonical(value):
+            return False
+        sregs.of(vcpu).put(name, value)
+        return True
+
+    return Special(lambda vcpu, now_ns: sregs.of(vcpu).get(name), write_base)
+
+
+def _write_tsc(vcpu: Vcpu, value: int, now_ns: int) -> bool:
+    clock.set_guest_tsc(vcpu, value, now_ns)
+    return True
+
+
+def _write_apic_base(vcpu: Vcpu, value: int, now_ns: int) -> bool:
+    del now_ns
+    if not sregs.valid_apic_base(vcpu, value):
+        return False
+    vcpu.apic_base = value
+    return True
+
+
+def _write_efer(vcpu: Vcpu, value: int, now_ns: int) -> bool:
+    """EFER.LMA follows from LME and paging: a write does not change it."""
+    del now_ns
+    if not sregs.valid_efer(vcpu, value):
+        return False
+    registers = sregs.of(vcpu)
+    registers.put("efer", (value & ~EFER_LMA) | (registers.get("efer") & EFER_LMA))
+    return True
+
+
+SPECIAL: dict[int, Special] = {
+    abi.FS_BASE: _segment_base("fs.base"),
+    abi.GS_BASE: _segment_base("gs.base"),
+    abi.IA32_TSC: Special(clock.guest_tsc, _write_tsc),
+    abi.IA32_APICBASE: Special(lambda vcpu, now_ns: vcpu.apic_base, _write_apic_base),
+    abi.EFER: Special(lambda vcpu, now_ns: sregs.of(vcpu).get("efer"), _write_efer),
+    abi.IA32_DEBUGCTL: Special(
+        lambda vcpu, now_ns: debug.of(vcpu).debugctl,
+        lambda vcpu, value, now_ns: debug.write_debugctl(vcpu, value, host_initiated=True),
+    ),
+}
+
+
+# -- tables --------------------------------------------------------------------------------------
 
 
 def _entries(call: Call) -> list[bytearray]:
@@ -34,19 +160,25 @@ def _entries(call: Call) -> list[bytearray]:
     return [data[at : at + _ENTRY_BYTES] for at in range(0, len(data), _ENTRY_BYTES)]
 
 
-@handles(VcpuFile, KVM_GET_MSRS)
-def get_msrs(vcpu: Vcpu, call: Call) -> int:
-    """Read registers; how many were read."""
+def _read_table(call: Call, read_one: Callable[[int], int | None]) -> int:
+    """Fill a table in up to the first register that cannot be read; how many could."""
     entries = _entries(call)
     done = 0
     for entry in entries:
-        if KVM_MSR_ENTRY.get(entry, "index") != MSR_IA32_DEBUGCTL:
+        value = read_one(KVM_MSR_ENTRY.get(entry, "index"))
+        if value is None:
             break
-        KVM_MSR_ENTRY.put(entry, "data", debug.of(vcpu).debugctl)
+        KVM_MSR_ENTRY.put(entry, "data", value)
         done += 1
     if entries:
         call.write(b"".join(entries), KVM_MSRS.size_bytes)
     return done
+
+
+@handles(VcpuFile, KVM_GET_MSRS)
+def get_msrs(vcpu: Vcpu, call: Call) -> int:
+    """Read registers; how many were read."""
+    return _read_table(call, lambda index: read(vcpu, index, call.now_ns))
 
 
 @handles(VcpuFile, KVM_SET_MSRS)
@@ -54,9 +186,37 @@ def set_msrs(vcpu: Vcpu, call: Call) -> int:
     """Write registers; how many were written."""
     done = 0
     for entry in _entries(call):
-        value = KVM_MSR_ENTRY.get(entry, "data")
-        known = KVM_MSR_ENTRY.get(entry, "index") == MSR_IA32_DEBUGCTL
-        if not known or not debug.write_debugctl(vcpu, value, host_initiated=True):
+        index, value = KVM_MSR_ENTRY.get(entry, "index"), KVM_MSR_ENTRY.get(entry, "data")
+        if not write(vcpu, index, value, call.now_ns):
             break
         done += 1
     return done
+
+
+@handles(SystemFile, KVM_GET_MSRS)
+def get_feature_msrs(system: System, call: Call) -> int:
+    """Read what the host has of features announced by registers; how many were read."""
+    return _read_table(call, abi.FEATURES[system.machine.preset.vendor].get)
+
+
+@handles(SystemFile, KVM_GET_MSR_INDEX_LIST)
+def get_msr_index_list(system: System, call: Call) -> int:
+    """Which registers to save and restore with a guest."""
+    return _list(call, abi.SAVED[system.machine.preset.vendor])
+
+
+@handles(SystemFile, KVM_GET_MSR_FEATURE_INDEX_LIST)
+def get_msr_feature_index_list(system: System, call: Call) -> int:
+    """Which registers announce features."""
+    return _list(call, abi.FEATURES[system.machine.preset.vendor])
+
+
+def _list(call: Call, indices: Iterable[int]) -> int:
+    """Answer with the number of indices, also when they do not fit (E2BIG)."""
+    room = KVM_MSR_LIST.get(call.read(KVM_MSR_LIST.size_bytes), "nmsrs")
+    data = b"".join(index.to_bytes(4, "little") for index in indices)
+    call.write(KVM_MSR_LIST.pack(nmsrs=len(data) // 4))
+    if room < len(data) // 4:
+        raise KvmError(E2BIG, f"{len(data) // 4} MSRs")
+    call.write(data, KVM_MSR_LIST.size_bytes)
+    return 0

@@ -13,6 +13,7 @@ from kvmsim.abi.run import MMAP_SIZE_BYTES, PIO_DATA_OFFSET
 U8_REQUEST_INTERRUPT_WINDOW = 0
 U8_IMMEDIATE_EXIT = 1
 U32_EXIT_REASON = 2
+U16_WISHES = 0  # request_interrupt_window, and above it immediate_exit
 U16_READY_AND_IF = 6  # ready_for_interrupt_injection and if_flag at once
 U16_FLAGS = 7
 U64_CR8 = 2

@@ -20,14 +20,14 @@ from errno import EAGAIN, EINTR, EINVAL, EIO
 from typing import TYPE_CHECKING
 
 from kvmsim.abi.caps import (
+    KVM_MP_STATE_AP_RESET_HOLD,
     KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_INIT_RECEIVED,
     KVM_MP_STATE_RUNNABLE,
     KVM_MP_STATE_UNINITIALIZED,
 )
 from kvmsim.abi.exits import KVM_RUN_X86_BUS_LOCK, Exit
 from kvmsim.abi.ioctls import KVM_RUN
-from kvmsim.abi.run import KVM_SYNC_X86_REGS, SYNC_REGS_OFFSET
-from kvmsim.abi.structs import KVM_REGS
 from kvmsim.engine.base import (
     BusLock,
     Debug,
@@ -38,20 +38,17 @@ from kvmsim.engine.base import (
     IrqWindow,
     Mmio,
     Shutdown,
+    Signal,
 )
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, debug, exits
+from kvmsim.kvm import bus_lock, debug, exits, sev
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import (
-    U8_IMMEDIATE_EXIT,
     U16_FLAGS,
-    U16_READY_AND_IF,
+    U16_WISHES,
     U32_EXIT_REASON,
-    U64_APIC_BASE,
-    U64_CR8,
-    U64_DIRTY_REGS,
-    U64_VALID_REGS,
 )
+from kvmsim.kvm.sync_regs import store_page, take_over_page
 
 if TYPE_CHECKING:
     from kvmsim.engine.base import Stop
@@ -91,6 +88,12 @@ Blocked = InGuest | Halted | Throttled
 
 THROTTLED = Throttled()
 
+# Every exit comes by here, and to look a member up takes Python 3.11 some 70 ns.
+INTR, BUS_LOCK_EXIT = Exit.INTR, Exit.X86_BUS_LOCK
+
+#: What the processor reports when it cannot enter the guest (AMD, VMEXIT_INVALID).
+SVM_EXIT_ERR = 0xFFFF_FFFF_FFFF_FFFF
+
 # Where a vCPU is. Plain numbers: they are compared at every step.
 OUT = 0  # in user space
 GUEST = 1
@@ -99,6 +102,13 @@ WAIT_SIPI = 3
 QUEUED = 4  # for admission of a bus lock
 READY = 5  # woken or admitted; resume() goes on
 SIPI = 6  # started; resume() returns EAGAIN
+
+#: Multiprocessing states that a SIPI ends.
+WAIT_FOR_SIPI = (
+    KVM_MP_STATE_UNINITIALIZED,
+    KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_AP_RESET_HOLD,
+)
 
 PHASES = ("user", "guest", "halted", "wait-sipi", "throttled", "ready", "ready")
 
@@ -129,35 +139,50 @@ def kvm_run(vcpu: Vcpu, now_ns: int) -> Blocked | None:
         msg = f"vCPU {vcpu.id} is in KVM_RUN already"
         raise RuntimeError(msg)
     run = vcpu.run
-    immediate_exit = run.u8[U8_IMMEDIATE_EXIT]
+    wishes = run.u16[U16_WISHES]
+    immediate_exit = wishes >> 8
     run.u16[U16_FLAGS] = 0
     if vcpu.mp_state == KVM_MP_STATE_UNINITIALIZED:
         if immediate_exit:
-            _store(vcpu)
+            store_page(vcpu)
             raise KvmError(EINTR, "immediate_exit")
         vcpu.phase = WAIT_SIPI
         return Halted()
-    _take_over_page(vcpu)
+    take_over_page(vcpu)
     if vcpu.pending is not None:
         _complete(vcpu)
     if vcpu.intercepted:
         bus_lock.compare_rip(vcpu)
     if immediate_exit:
-        _store(vcpu)
+        store_page(vcpu)
         raise KvmError(EINTR, "immediate_exit")
-    if vm.needs_init:
-        _store(vcpu)
-        raise KvmError(EINVAL, "an encrypted VM runs after KVM_SEV_INIT2")
+    if (vm.needs_init or vm.sev_active) and not _may_enter_encrypted(vcpu):
+        return None
     run.u32[U32_EXIT_REASON] = 0
     vcpu.has_run = True
+    if wishes and vcpu.ready_and_if == exits.READY_AND_IF and not vm.irqchip:
+        leave(vcpu, Exit.IRQ_WINDOW_OPEN, 0)
+        return None
     return enter(vcpu, now_ns)
+
+
+def _may_enter_encrypted(vcpu: Vcpu) -> bool:
+    """Whether an encrypted VM is ready; False: the exit is in the page."""
+    if vcpu.vm.needs_init:
+        store_page(vcpu)
+        raise KvmError(EINVAL, "an encrypted VM runs after KVM_SEV_INIT2")
+    if sev.may_enter(vcpu.vm):
+        return True
+    leave(vcpu, exits.fail_entry(vcpu, SVM_EXIT_ERR), 0)
+    return False
 
 
 def resume(vcpu: Vcpu, now_ns: int) -> Blocked | None:
     """Go on with KVM_RUN: the guest time is over, or the wait is.
 
     Raises:
-        KvmError: EAGAIN, an AP got its SIPI; call KVM_RUN again.
+        KvmError: EAGAIN, an AP got its SIPI; EINTR, a signal of the guest's script. Call KVM_RUN
+            again.
     """
     phase = vcpu.phase
     if phase == GUEST:
@@ -165,7 +190,7 @@ def resume(vcpu: Vcpu, now_ns: int) -> Blocked | None:
         assert stop is not None
         if type(stop) is BusLock:
             if bus_lock.taken(vcpu, stop, now_ns):
-                leave(vcpu, Exit.X86_BUS_LOCK, KVM_RUN_X86_BUS_LOCK)
+                leave(vcpu, BUS_LOCK_EXIT, KVM_RUN_X86_BUS_LOCK)
                 return None
             return enter(vcpu, now_ns)
         return _stopped(vcpu, stop, now_ns)
@@ -173,7 +198,7 @@ def resume(vcpu: Vcpu, now_ns: int) -> Blocked | None:
         return enter(vcpu, now_ns)
     if phase == SIPI:
         vcpu.phase = OUT
-        _store(vcpu)
+        store_page(vcpu)
         raise KvmError(EAGAIN, "started")
     msg = f"vCPU {vcpu.id} has nothing to go on with: {PHASES[phase]}"
     raise RuntimeError(msg)
@@ -204,9 +229,9 @@ def interrupt(vcpu: Vcpu, now_ns: int, guest_ns: int | None = None) -> None:
         vcpu.vm.accounting.bus_lock_withdraw(vcpu, now_ns)
         if vcpu.owed:  # not admitted in the last moment
             vcpu.throttled_ns += now_ns - vcpu.since_ns
-    vcpu.run.u32[U32_EXIT_REASON] = Exit.INTR
-    vcpu.exits[Exit.INTR] += 1
-    _store(vcpu)
+    vcpu.run.u32[U32_EXIT_REASON] = INTR
+    vcpu.exits[INTR] += 1
+    store_page(vcpu)
     raise KvmError(EINTR, "signal")
 
 
@@ -223,11 +248,11 @@ def wake(vcpu: Vcpu, now_ns: int) -> None:
 
 def sipi(vcpu: Vcpu, now_ns: int) -> None:
     """Start an application processor. Nothing, if it is not waiting for that."""
-    if vcpu.mp_state != KVM_MP_STATE_UNINITIALIZED:
+    if vcpu.mp_state not in WAIT_FOR_SIPI:
         return
     vcpu.mp_state = KVM_MP_STATE_RUNNABLE
-    if vcpu.phase == WAIT_SIPI:
-        vcpu.phase = SIPI
+    if vcpu.phase in {WAIT_SIPI, HALTED}:
+        vcpu.phase = SIPI if vcpu.phase == WAIT_SIPI else READY
         if vcpu.on_wake is not None:
             vcpu.on_wake(vcpu, now_ns)
 
@@ -245,7 +270,7 @@ def admitted(vcpu: Vcpu, now_ns: int) -> None:
 
 def enter(vcpu: Vcpu, now_ns: int) -> Blocked | None:
     """Get into the guest: past a halt, past the limiter, up to the next stop."""
-    if vcpu.mp_state == KVM_MP_STATE_HALTED:
+    if vcpu.mp_state:  # halted, or reset and waiting for its SIPI
         vcpu.phase = HALTED
         wake_at_ns = vcpu.wake_at_ns
         return Halted(None if wake_at_ns is None else max(0, wake_at_ns - now_ns))
@@ -282,7 +307,7 @@ def leave(vcpu: Vcpu, reason: int, flags: int) -> None:
     run.u16[U16_FLAGS] = flags
     vcpu.exits[reason] += 1
     vcpu.phase = OUT
-    _store(vcpu)
+    store_page(vcpu)
 
 
 def _stopped(vcpu: Vcpu, stop: Stop, now_ns: int) -> Blocked | None:
@@ -291,7 +316,7 @@ def _stopped(vcpu: Vcpu, stop: Stop, now_ns: int) -> Blocked | None:
     if stop.bus_lock and not vcpu.lock_done:
         if vcpu.fault_like and bus_lock.intercepts(vcpu):
             if bus_lock.intercept(vcpu):
-                leave(vcpu, Exit.X86_BUS_LOCK, KVM_RUN_X86_BUS_LOCK)
+                leave(vcpu, BUS_LOCK_EXIT, KVM_RUN_X86_BUS_LOCK)
                 return None
             return enter(vcpu, now_ns)
         detected = bus_lock.ride(vcpu, stop.cpl, now_ns)
@@ -300,10 +325,12 @@ def _stopped(vcpu: Vcpu, stop: Stop, now_ns: int) -> Blocked | None:
         # Linux 6.12 vmx.c handle_bus_lock_vmexit path: a kernel-handled exit that carries a
         # detection goes to user space after all.
         if detected and vcpu.bus_lock_exit:
-            leave(vcpu, Exit.X86_BUS_LOCK, KVM_RUN_X86_BUS_LOCK)
+            leave(vcpu, BUS_LOCK_EXIT, KVM_RUN_X86_BUS_LOCK)
             return None
         return enter(vcpu, now_ns)
     leave(vcpu, reason, KVM_RUN_X86_BUS_LOCK if detected and vcpu.bus_lock_exit else 0)
+    if reason == INTR:
+        raise KvmError(EINTR, "signal")
     return None
 
 
@@ -321,6 +348,9 @@ def _exit_reason(vcpu: Vcpu, stop: Stop, now_ns: int) -> int | None:
             exits.retire(vcpu, stop)
         case IrqWindow():
             reason = exits.irq_window(vcpu, stop)
+        case Signal():
+            vcpu.stop = None
+            reason = INTR
         case Shutdown():
             reason = exits.shutdown(vcpu)
         case InternalError():
@@ -342,29 +372,3 @@ def _complete(vcpu: Vcpu) -> None:
         exits.complete_io(vcpu, stop)
     elif isinstance(stop, Mmio):
         exits.complete_mmio(vcpu, stop)
-
-
-def _take_over_page(vcpu: Vcpu) -> None:
-    """Read what user space left in the page for this run."""
-    run = vcpu.run
-    valid, dirty = run.u64[U64_VALID_REGS], run.u64[U64_DIRTY_REGS]
-    if valid or dirty:
-        if (valid | dirty) & ~KVM_SYNC_X86_REGS:
-            raise KvmError(EINVAL, "unsupported register set")
-        if dirty:
-            end = SYNC_REGS_OFFSET + KVM_REGS.size_bytes
-            vcpu.set_regs(bytes(run.memory[SYNC_REGS_OFFSET:end]))
-            run.u64[U64_DIRTY_REGS] = 0
-    if not vcpu.vm.irqchip:
-        vcpu.cr8 = run.u64[U64_CR8]
-
-
-def _store(vcpu: Vcpu) -> None:
-    """Fill the part of the page that is the same for every way out."""
-    run = vcpu.run
-    run.u16[U16_READY_AND_IF] = vcpu.ready_and_if
-    run.u64[U64_CR8] = vcpu.cr8
-    run.u64[U64_APIC_BASE] = vcpu.apic_base
-    if run.u64[U64_VALID_REGS] & KVM_SYNC_X86_REGS:
-        end = SYNC_REGS_OFFSET + KVM_REGS.size_bytes
-        run.memory[SYNC_REGS_OFFSET:end] = vcpu.get_regs()

@@ -12,6 +12,7 @@ from kvmsim.abi.ioctls import (
     KVM_CREATE_VM,
     KVM_GET_API_VERSION,
     KVM_GET_DEVICE_ATTR,
+    KVM_GET_EMULATED_CPUID,
     KVM_GET_SUPPORTED_CPUID,
     KVM_GET_VCPU_MMAP_SIZE,
     KVM_HAS_DEVICE_ATTR,
@@ -20,16 +21,20 @@ from kvmsim.abi.run import MMAP_SIZE_BYTES
 from kvmsim.abi.structs import (
     KVM_DEVICE_ATTR,
     KVM_X86_GRP_SEV,
+    KVM_X86_GRP_SYSTEM,
     KVM_X86_SEV_VMSA_FEATURES,
+    KVM_X86_XCOMP_GUEST_SUPP,
 )
 from kvmsim.errors import KvmError
 from kvmsim.kvm import (
+    capabilities,
     cpuid,
-    msrs,  # noqa: F401 - enters its handlers
+    subsystems,  # noqa: F401 - enters their handlers
 )
 from kvmsim.kvm.client import Client, LocalClient, copy_to_user
 from kvmsim.kvm.dispatch import SystemFile, handles
 from kvmsim.kvm.vm import Vm
+from kvmsim.sev.firmware import Firmware
 from kvmsim.sev.keys import Keys
 
 if TYPE_CHECKING:
@@ -60,21 +65,31 @@ class System(SystemFile):
 
     Args:
         machine: what it runs on.
+        chip: makes the secure processor differ from that of another machine.
 
     Attributes:
         machine: as given.
         keys: what it can encrypt guests with.
+        firmware: the secure processor; it answers on a machine with SEV only.
         vms: VMs that are not destroyed, in order of creation.
+        supported_cpuid: what a guest can have of CPUID.
     """
 
-    __slots__ = ("_creator", "_extensions", "keys", "machine", "vms")
+    __slots__ = ("_creator", "_extensions", "firmware", "keys", "machine", "supported_cpuid", "vms")
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, chip: bytes = b"") -> None:
         self.machine = machine
         self.keys = Keys(machine)
+        self.firmware = Firmware(chip, machine.sev.min_sev_asid)
+        if machine.sev.sev:
+            # Loading the driver initialises the platform (Linux psp_init_on_probe).
+            self.firmware.init()
+        self.firmware.snp.initialised = machine.sev.sev_snp
+        self.keys.asids.on_flush = self.firmware.df_flush
         self.vms: dict[Vm, None] = {}
+        self.supported_cpuid = cpuid.supported(machine)
         self._creator = LocalClient(0)
-        self._extensions = _extensions(machine)
+        self._extensions = capabilities.extensions(machine)
 
     @property
     def creator(self) -> Client:
@@ -115,45 +130,6 @@ class System(SystemFile):
         )
 
 
-def _extensions(machine: Machine) -> dict[int, int]:
-    """Capability -> value, for what this KVM does."""
-    both = caps.KVM_BUS_LOCK_DETECTION_OFF | caps.KVM_BUS_LOCK_DETECTION_EXIT
-    return {
-        caps.KVM_CAP_IRQCHIP: 1,
-        caps.KVM_CAP_EXT_CPUID: 1,
-        caps.KVM_CAP_NR_VCPUS: min(machine.preset.cpus, caps.KVM_MAX_VCPUS),
-        caps.KVM_CAP_NR_MEMSLOTS: caps.KVM_USER_MEM_SLOTS,
-        caps.KVM_CAP_MP_STATE: 1,
-        caps.KVM_CAP_COALESCED_MMIO: 2,
-        caps.KVM_CAP_GET_TSC_KHZ: 1,
-        caps.KVM_CAP_SYNC_REGS: 1,
-        caps.KVM_CAP_MAX_VCPUS: caps.KVM_MAX_VCPUS,
-        caps.KVM_CAP_ENABLE_CAP_VM: 1,
-        caps.KVM_CAP_CHECK_EXTENSION_VM: 1,
-        caps.KVM_CAP_SPLIT_IRQCHIP: 1,
-        caps.KVM_CAP_MAX_VCPU_ID: caps.KVM_MAX_VCPU_IDS,
-        caps.KVM_CAP_IMMEDIATE_EXIT: 1,
-        caps.KVM_CAP_X86_BUS_LOCK_EXIT: 0 if machine.bus_lock_exit == "none" else both,
-        # 1 on every x86 host, also without SEV: the vendor is asked only when it is used.
-        caps.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: 1,
-        caps.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: 1,
-        caps.KVM_CAP_SYS_ATTRIBUTES: 1,
-        caps.KVM_CAP_VM_TYPES: _vm_types(machine),
-    }
-
-
-def _vm_types(machine: Machine) -> int:
-    sev = machine.sev
-    present = {
-        caps.KVM_X86_DEFAULT_VM: True,
-        caps.KVM_X86_SEV_VM: sev.sev,
-        caps.KVM_X86_SEV_ES_VM: sev.sev_es,
-        caps.KVM_X86_SNP_VM: sev.sev_snp,
-        caps.KVM_X86_TDX_VM: machine.preset.tdx is not None,
-    }
-    return sum(1 << vm_type for vm_type, has in present.items() if has)
-
-
 @handles(SystemFile, KVM_GET_API_VERSION)
 def get_api_version(system: System, call: Call) -> int:
     """12, for ever."""
@@ -187,7 +163,14 @@ def get_vcpu_mmap_size(system: System, call: Call) -> int:
 @handles(SystemFile, KVM_GET_SUPPORTED_CPUID)
 def get_supported_cpuid(system: System, call: Call) -> int:
     """The CPUID a guest can have."""
-    return cpuid.copy_out_supported(call, cpuid.supported(system.machine))
+    return cpuid.copy_out_supported(call, system.supported_cpuid)
+
+
+@handles(SystemFile, KVM_GET_EMULATED_CPUID)
+def get_emulated_cpuid(system: System, call: Call) -> int:
+    """The CPUID a guest can have although the processor lacks it."""
+    del system
+    return cpuid.copy_out_supported(call, cpuid.emulated())
 
 
 @handles(SystemFile, KVM_HAS_DEVICE_ATTR)
@@ -209,7 +192,10 @@ def _device_attr(system: System, call: Call) -> tuple[int, int]:
     """Where an attribute's value goes, and the value."""
     data = call.read(KVM_DEVICE_ATTR.size_bytes)
     get = KVM_DEVICE_ATTR.get
+    values = {(KVM_X86_GRP_SYSTEM, KVM_X86_XCOMP_GUEST_SUPP): cpuid.supported_xcr0(system.machine)}
+    if system.machine.sev.sev:
+        values[KVM_X86_GRP_SEV, KVM_X86_SEV_VMSA_FEATURES] = system.machine.sev.vmsa_features
     wanted = (get(data, "group"), get(data, "attr"))
-    if wanted != (KVM_X86_GRP_SEV, KVM_X86_SEV_VMSA_FEATURES) or not system.machine.sev.sev:
+    if wanted not in values or get(data, "flags"):
         raise KvmError(ENXIO, f"no attribute {wanted}")
-    return get(data, "addr"), system.machine.sev.vmsa_features
+    return get(data, "addr"), values[wanted]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from errno import EINVAL, EIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kvmsim.abi import caps
 from kvmsim.abi.exits import NR_EXITS, Exit
@@ -12,15 +12,16 @@ from kvmsim.abi.ioctls import (
     KVM_ENABLE_CAP,
     KVM_GET_MP_STATE,
     KVM_GET_REGS,
-    KVM_GET_TSC_KHZ,
     KVM_SET_MP_STATE,
     KVM_SET_REGS,
+    KVM_SET_SIGNAL_MASK,
 )
+from kvmsim.abi.regs import KVM_SIGNAL_MASK, RFLAGS_IF
 from kvmsim.abi.structs import KVM_ENABLE_CAP as ENABLE_CAP_STRUCT
 from kvmsim.abi.structs import KVM_MP_STATE, KVM_REGS
 from kvmsim.engine.base import Parked
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, run
+from kvmsim.kvm import bus_lock, events, irqchip, protected, run, sregs
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import KvmRun
 
@@ -38,6 +39,10 @@ RESET_RDX = 0x600
 RESET_RFLAGS = 0x2
 APIC_BASE = 0xFEE00800
 APIC_BASE_BSP = 0x100
+SIGSET_BYTES = 8
+MP_STATES = frozenset(
+    {*range(caps.KVM_MP_STATE_SIPI_RECEIVED + 1), caps.KVM_MP_STATE_AP_RESET_HOLD}
+)
 
 _PARKED = Parked()
 
@@ -61,6 +66,14 @@ class VcpuStatistics:
     bus_locks: int
     throttled_ns: int
     owed: bool
+
+
+@runtime_checkable
+class ResetPart(Protocol):
+    """A part of a vCPU's state that power-on and INIT set back; others survive INIT."""
+
+    def reset(self) -> None:
+        """Back to the values after reset."""
 
 
 class Vcpu(VcpuFile):
@@ -92,6 +105,10 @@ class Vcpu(VcpuFile):
         throttled_ns: time spent waiting for admission.
         exits: returns of KVM_RUN by exit reason.
         debug: its debug registers; None: never used, all as after reset.
+        state: parts that belong to one subsystem each; see ``state_of``.
+        enforces_pv_cpuid: the guest has only the paravirtual features its CPUID shows.
+        signal_mask: signals blocked while it is in KVM_RUN, bit 0 for number 1; None: as outside.
+        state_protected: its registers are encrypted; user space reads and sets them no more.
     """
 
     __slots__ = (
@@ -100,7 +117,8 @@ class Vcpu(VcpuFile):
         *("phase", "since_ns", "wake_at_ns", "in_guest", "stop", "remaining_ns", "lock_done"),
         *("pending", "pending_rip", "io_done", "exits", "bus_locks", "throttled_ns"),
         *("detects", "fault_like", "bus_lock_exit", "bus_lock_counter", "owed"),
-        *("intercepted", "intercepted_rip", "compare_due", "debug"),
+        *("intercepted", "intercepted_rip", "compare_due", "debug", "state", "state_protected"),
+        *("enforces_pv_cpuid", "signal_mask"),
     )
 
     def __init__(self, vm: Vm, vcpu_id: int, page: KvmRun | None = None) -> None:
@@ -115,13 +133,14 @@ class Vcpu(VcpuFile):
         self.closed = False
         self.has_run = False
         self.mp_state = caps.KVM_MP_STATE_RUNNABLE
-        if vm.irqchip and vcpu_id != 0:
+        boots = vcpu_id == irqchip.of(vm).boot_cpu
+        if vm.irqchip and not boots:
             self.mp_state = caps.KVM_MP_STATE_UNINITIALIZED
         self.cr8 = 0
-        self.apic_base = APIC_BASE | (APIC_BASE_BSP if vcpu_id == 0 else 0)
+        self.apic_base: int = APIC_BASE | (APIC_BASE_BSP if boots else 0)
         self.input = b""
         self.cpuid = b""
-        self.phase = run.OUT
+        self.phase: int = run.OUT
         self.since_ns = 0
         self.wake_at_ns: int | None = None
         self.in_guest = run.InGuest()
@@ -131,9 +150,9 @@ class Vcpu(VcpuFile):
         self.pending: Stop | None = None
         self.pending_rip = 0
         self.io_done = 0
-        self.exits = [0] * NR_EXITS
-        self.bus_locks = 0
-        self.throttled_ns = 0
+        self.exits: list[int] = [0] * NR_EXITS
+        self.bus_locks: int = 0
+        self.throttled_ns: int = 0
         self.detects = mechanism != "none"
         self.fault_like = mechanism == "fault"
         self.bus_lock_exit = False
@@ -143,6 +162,10 @@ class Vcpu(VcpuFile):
         self.intercepted_rip = 0
         self.compare_due = False
         self.debug: GuestDebug | None = None
+        self.state: dict[Callable[[Vcpu], object], object] = {}
+        self.state_protected = False
+        self.enforces_pv_cpuid = False
+        self.signal_mask: int | None = None
         self._power_on()
 
     kvm_run = run.kvm_run
@@ -157,6 +180,11 @@ class Vcpu(VcpuFile):
         """Who made the VM."""
         return self.vm.creator
 
+    @property
+    def link_name(self) -> str:
+        """See :attr:`KvmFile.link_name`."""
+        return f"kvm-vcpu:{self.id}"
+
     def check(self, client: Client) -> None:
         """Refuse callers from another address space, and a dead VM.
 
@@ -170,8 +198,11 @@ class Vcpu(VcpuFile):
         """Registers and controls after reset."""
         self._regs = KVM_REGS.pack(rdx=RESET_RDX, rflags=RESET_RFLAGS)
         self.rip = RESET_RIP
-        self.ready_and_if = 1 if self.vm.irqchip else 0
+        self._note_interrupt_flag()
         self.bus_lock_counter = 0
+        for part in self.state.values():
+            if isinstance(part, ResetPart):
+                part.reset()
         if self.debug is not None:
             self.debug.reset()
         bus_lock.arm(self)
@@ -207,10 +238,19 @@ class Vcpu(VcpuFile):
         return bytes(self._regs)
 
     def set_regs(self, data: bytes) -> None:
-        """KVM_SET_REGS. Flags bit 1 always reads as one."""
+        """KVM_SET_REGS. Flags bit 1 always reads as one; a pending exception is forgotten."""
         self._regs = bytearray(data)
         self.rip = KVM_REGS.get(data, "rip")
         KVM_REGS.put(self._regs, "rflags", KVM_REGS.get(data, "rflags") | RESET_RFLAGS)
+        self._note_interrupt_flag()
+        waiting = self.state.get(events.Events)
+        if isinstance(waiting, events.Events):
+            waiting.exception.pending = False
+
+    def _note_interrupt_flag(self) -> None:
+        """What the page says about interrupts; an in-kernel PIC injects them itself."""
+        enabled = int(bool(KVM_REGS.get(self._regs, "rflags") & RFLAGS_IF))
+        self.ready_and_if = (1 if self.vm.irqchip else enabled) | enabled << 8
 
     def set_mp_state(self, state: int) -> None:
         """KVM_SET_MP_STATE.
@@ -218,11 +258,14 @@ class Vcpu(VcpuFile):
         Raises:
             KvmError: EINVAL, a state that does not exist, or one without an in-kernel APIC.
         """
-        known = caps.KVM_MP_STATE_RUNNABLE <= state <= caps.KVM_MP_STATE_SIPI_RECEIVED
-        if not known or (state != caps.KVM_MP_STATE_RUNNABLE and not self.vm.irqchip):
+        if state not in MP_STATES or (state and not self.vm.irqchip):
             raise KvmError(EINVAL, f"mp_state {state}")
-        if state == caps.KVM_MP_STATE_HALTED:
-            self.wake_at_ns = None
+        self.wake_at_ns = None
+        if state == caps.KVM_MP_STATE_SIPI_RECEIVED:
+            # Nobody stays there: KVM starts the processor at once.
+            self.rip = 0
+            sregs.start_at(self, events.of(self).sipi_vector)
+            state = caps.KVM_MP_STATE_RUNNABLE
         self.mp_state = state
 
     # -- end and statistics ----------------------------------------------------------------
@@ -253,6 +296,7 @@ class Vcpu(VcpuFile):
 @handles(VcpuFile, KVM_GET_REGS)
 def get_regs(vcpu: Vcpu, call: Call) -> int:
     """Copy the registers out."""
+    protected.refuse(vcpu)
     call.write(vcpu.get_regs())
     return 0
 
@@ -260,6 +304,7 @@ def get_regs(vcpu: Vcpu, call: Call) -> int:
 @handles(VcpuFile, KVM_SET_REGS)
 def set_regs(vcpu: Vcpu, call: Call) -> int:
     """Take registers over."""
+    protected.refuse(vcpu)
     vcpu.set_regs(call.read(KVM_REGS.size_bytes))
     return 0
 
@@ -280,12 +325,28 @@ def set_mp_state(vcpu: Vcpu, call: Call) -> int:
 
 @handles(VcpuFile, KVM_ENABLE_CAP)
 def enable_cap(vcpu: Vcpu, call: Call) -> int:
-    """Hyper-V and paravirtual capabilities would be enabled here; there are none."""
-    cap = ENABLE_CAP_STRUCT.get(call.read(ENABLE_CAP_STRUCT.size_bytes), "cap")
-    raise KvmError(EINVAL, f"capability {cap} is not one of vCPU {vcpu.id}")
+    """Of the capabilities of vCPUs only the paravirtual one; Hyper-V's are not there.
+
+    Raises:
+        KvmError: EFAULT; EINVAL.
+    """
+    data = call.read(ENABLE_CAP_STRUCT.size_bytes)
+    cap = ENABLE_CAP_STRUCT.get(data, "cap")
+    if ENABLE_CAP_STRUCT.get(data, "flags") or cap != caps.KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
+        raise KvmError(EINVAL, f"capability {cap} is not one of vCPU {vcpu.id}")
+    vcpu.enforces_pv_cpuid = bool(ENABLE_CAP_STRUCT.get(data, "args"))
+    return 0
 
 
-@handles(VcpuFile, KVM_GET_TSC_KHZ)
-def get_tsc_khz(vcpu: Vcpu, call: Call) -> int:
-    """The guest's TSC frequency is the host's."""
-    return vcpu.vm.machine.preset.tsc_khz
+@handles(VcpuFile, KVM_SET_SIGNAL_MASK)
+def set_signal_mask(vcpu: Vcpu, call: Call) -> int:
+    """Choose which signals are blocked during KVM_RUN; a null pointer: as outside."""
+    if call.arg == 0:
+        vcpu.signal_mask = None
+        return 0
+    size_bytes = KVM_SIGNAL_MASK.get(call.read(KVM_SIGNAL_MASK.size_bytes), "len")
+    if size_bytes != SIGSET_BYTES:
+        raise KvmError(EINVAL, f"a signal set of {size_bytes} bytes")
+    mask = call.read(SIGSET_BYTES, KVM_SIGNAL_MASK.size_bytes)
+    vcpu.signal_mask = int.from_bytes(mask, "little")
+    return 0

@@ -1,7 +1,7 @@
 """The VM descriptor: capabilities, vCPUs, and how long a VM lives.
 
-A VM dies with the last reference to it: its own descriptor and those of its vCPUs. Then its key
-goes back and the charge for it ends.
+A VM dies with the last reference to it: its own descriptor, those of its vCPUs, of its statistics
+and of its guest memory. Then its key goes back and the charge for it ends.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING
 from kvmsim.abi import caps
 from kvmsim.abi.ioctls import (
     KVM_CHECK_EXTENSION,
-    KVM_CREATE_IRQCHIP,
     KVM_CREATE_VCPU,
     KVM_ENABLE_CAP,
-    KVM_GET_TSC_KHZ,
     KVM_MEMORY_ENCRYPT_OP,
 )
 from kvmsim.abi.structs import KVM_ENABLE_CAP as ENABLE_CAP_STRUCT
 from kvmsim.errors import KvmError
-from kvmsim.kvm import sev
-from kvmsim.kvm.dispatch import VmFile, handles
+from kvmsim.kvm import clock, guest_memfd, irqchip, protected, sev
+from kvmsim.kvm.dispatch import ENABLERS, VmFile, handles
+from kvmsim.kvm.memslots import SlotMemory
 from kvmsim.kvm.vcpu import Vcpu
 
 if TYPE_CHECKING:
@@ -31,12 +30,19 @@ if TYPE_CHECKING:
     from kvmsim.host.accounting import Accounting
     from kvmsim.host.machine import Machine
     from kvmsim.kvm.client import Client
+    from kvmsim.kvm.coalesced import Zone
     from kvmsim.kvm.dispatch import Call
+    from kvmsim.kvm.holder import VmHolder
+    from kvmsim.kvm.memslots import GuestMemory
     from kvmsim.kvm.page import KvmRun
     from kvmsim.kvm.sev import SevCmd
     from kvmsim.kvm.system import System
     from kvmsim.kvm.vcpu import VcpuStatistics
     from kvmsim.sev.keys import Key
+
+
+#: Worth something only for VM types with memory that user space cannot reach (Linux 6.12).
+PRIVATE_MEMORY_CAPS = (caps.KVM_CAP_GUEST_MEMFD, caps.KVM_CAP_MEMORY_ATTRIBUTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +120,18 @@ class Vm(VmFile):
         dead: only closing is left.
         on_bus_lock: called with (vcpu, now_ns) whenever a guest of it takes a bus lock, detected
             or not: whoever simulates the machine stalls the other CPUs.
+        state: parts that belong to one subsystem each; see ``state_of``.
+        coalesced_zones: where the guest's writes are collected instead of being exits.
+        holders: other files that keep it alive: of statistics, of guest memory.
+        memory: reads guest-physical memory; by default through the slots from the creator's memory.
     """
 
     __slots__ = (
         *("system", "machine", "accounting", "vm_type", "vcpus", "irqchip", "max_vcpu_ids"),
         *("bus_lock_detection", "needs_init", "sev_active", "es_active", "vmsa_features"),
-        *("ghcb_version", "key", "dead", "on_bus_lock", "_creator", "_references", "_released"),
+        *("ghcb_version", "key", "dead", "on_bus_lock", "state", "memory"),
+        *("coalesced_zones", "holders"),
+        *("_creator", "_references", "_released"),
     )
 
     def __init__(self, system: System, vm_type: int, creator: Client) -> None:
@@ -139,6 +151,10 @@ class Vm(VmFile):
         self.key: Key | None = None
         self.dead = False
         self.on_bus_lock: Callable[[Vcpu, int], None] | None = None
+        self.state: dict[Callable[[Vm], object], object] = {}
+        self.memory: GuestMemory = SlotMemory(self)
+        self.coalesced_zones: tuple[Zone, ...] = ()
+        self.holders: dict[VmHolder, None] = {}
         self._creator = creator
         self._references = 1
         self._released = False
@@ -147,6 +163,11 @@ class Vm(VmFile):
     def creator(self) -> Client:
         """Who made it."""
         return self._creator
+
+    @property
+    def link_name(self) -> str:
+        """See :attr:`KvmFile.link_name`."""
+        return "kvm-vm"
 
     @property
     def alive(self) -> bool:
@@ -165,10 +186,14 @@ class Vm(VmFile):
     # -- capabilities ----------------------------------------------------------------------
 
     def check_extension(self, cap: int) -> int:
-        """KVM_CHECK_EXTENSION: as on the system descriptor."""
+        """KVM_CHECK_EXTENSION: as on the system descriptor, less what the VM's type lacks."""
+        if cap in PRIVATE_MEMORY_CAPS and not guest_memfd.has_private_memory(self):
+            return 0
+        if cap == caps.KVM_CAP_SYNC_REGS and protected.has_protected_state(self):
+            return 0
         return self.system.check_extension(cap)
 
-    def enable_cap(self, enable: KvmEnableCap) -> int:
+    def enable_cap(self, enable: KvmEnableCap, client: Client | None = None) -> int:
         """KVM_ENABLE_CAP.
 
         Raises:
@@ -176,52 +201,14 @@ class Vm(VmFile):
         """
         if enable.flags:
             raise KvmError(EINVAL, "flags of KVM_ENABLE_CAP")
-        if enable.cap == caps.KVM_CAP_X86_BUS_LOCK_EXIT:
-            self._enable_bus_lock_exit(enable.arg0)
-        elif enable.cap == caps.KVM_CAP_MAX_VCPU_ID:
-            self._limit_vcpu_ids(enable.arg0)
-        elif enable.cap == caps.KVM_CAP_SPLIT_IRQCHIP:
-            self._split_irqchip(enable.arg0)
-        else:
+        enabler = ENABLERS.get(enable.cap)
+        if enabler is None:
             raise KvmError(EINVAL, f"capability {enable.cap} cannot be enabled")
-        return 0
-
-    def _enable_bus_lock_exit(self, mode: int) -> None:
-        """Bus lock detection. A host without the mechanism accepts it and does nothing."""
-        off, leave = caps.KVM_BUS_LOCK_DETECTION_OFF, caps.KVM_BUS_LOCK_DETECTION_EXIT
-        if mode & ~caps.KVM_BUS_LOCK_DETECTION_VALID_MODE or mode == off | leave:
-            raise KvmError(EINVAL, f"bus lock detection mode {mode:#x}")
-        if mode & leave and self.machine.bus_lock_exit != "none":
-            self.bus_lock_detection = True
-        elif mode & off and not self.machine.quirks.sticky_bus_lock:
-            self.bus_lock_detection = False
-
-    def _limit_vcpu_ids(self, limit: int) -> None:
-        """Set the highest number of ids, once; the first vCPU sets it to the maximum."""
-        if limit == self.max_vcpu_ids:
-            return
-        if limit > caps.KVM_MAX_VCPU_IDS or self.max_vcpu_ids:
-            raise KvmError(EINVAL, f"limit of vCPU ids {limit}")
-        self.max_vcpu_ids = limit
-
-    def _split_irqchip(self, pins: int) -> None:
-        if pins > caps.KVM_MAX_IRQ_ROUTES:
-            raise KvmError(EINVAL, f"{pins} routes")
-        if self.irqchip or self.vcpus:
-            raise KvmError(EEXIST, "an irqchip or vCPUs exist")
-        self.irqchip = True
+        return enabler(self, enable, client or self._creator)
 
     def create_irqchip(self) -> None:
-        """KVM_CREATE_IRQCHIP.
-
-        Raises:
-            KvmError: EEXIST twice; EINVAL after a vCPU.
-        """
-        if self.irqchip:
-            raise KvmError(EEXIST, "an irqchip exists")
-        if self.vcpus:
-            raise KvmError(EINVAL, "vCPUs exist")
-        self.irqchip = True
+        """KVM_CREATE_IRQCHIP; ``kvmsim.kvm.irqchip`` has the rules."""
+        irqchip.create(self)
 
     # -- vCPUs -----------------------------------------------------------------------------
 
@@ -282,9 +269,15 @@ class Vm(VmFile):
 
     def close(self, now_ns: int = 0) -> None:
         """Close every descriptor of the VM and its vCPUs, as the end of its owner does."""
+        for holder in list(self.holders):
+            holder.release(now_ns)
         for vcpu in self.vcpus.values():
             vcpu.release(now_ns)
         self.release()
+
+    def get(self) -> None:
+        """One reference more: a mirror of its guest, or another file of the VM."""
+        self._references += 1
 
     def put(self) -> None:
         """One reference less; the last one destroys the VM."""
@@ -304,7 +297,7 @@ class Vm(VmFile):
         return VmStatistics(
             vm_type=self.vm_type,
             state=self._state(),
-            asid=None if self.key is None else self.key.asid,
+            asid=sev.asid_of(self),
             kind=None if self.key is None else self.key.charge.kind,
             bus_lock_detection=self.bus_lock_detection,
             exits=total,
@@ -319,7 +312,7 @@ class Vm(VmFile):
             return "destroyed"
         if self.dead:
             return "dead"
-        if self.key is not None:
+        if self.key is not None or self.sev_active:
             return "active"
         return "waiting" if self.needs_init else "plain"
 
@@ -336,28 +329,15 @@ def enable_cap(vm: Vm, call: Call) -> int:
     data = call.read(ENABLE_CAP_STRUCT.size_bytes)
     get = ENABLE_CAP_STRUCT.get
     args = tuple(get(data, "args", index) for index in range(4))
-    return vm.enable_cap(KvmEnableCap(get(data, "cap"), args, get(data, "flags")))
+    return vm.enable_cap(KvmEnableCap(get(data, "cap"), args, get(data, "flags")), call.client)
 
 
 @handles(VmFile, KVM_CREATE_VCPU)
 def create_vcpu(vm: Vm, call: Call) -> Vcpu:
     """Make a vCPU; whoever called turns the object into a descriptor."""
-    return vm.create_vcpu(call.value)
-
-
-@handles(VmFile, KVM_CREATE_IRQCHIP)
-def create_irqchip(vm: Vm, call: Call) -> int:
-    """Make the interrupt controllers."""
-    del call
-    vm.create_irqchip()
-    return 0
-
-
-@handles(VmFile, KVM_GET_TSC_KHZ)
-def get_tsc_khz(vm: Vm, call: Call) -> int:
-    """The frequency a new vCPU starts with."""
-    del call
-    return vm.machine.preset.tsc_khz
+    vcpu = vm.create_vcpu(call.value)
+    clock.vcpu_created(vcpu, call.now_ns)
+    return vcpu
 
 
 @handles(VmFile, KVM_MEMORY_ENCRYPT_OP)

@@ -15,9 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from errno import EBUSY, ENOTTY
-from typing import NewType
+from typing import TYPE_CHECKING, NewType
 
 from kvmsim.errors import KvmError
+from kvmsim.sev.errors import FirmwareError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Asid = NewType("Asid", int)
 
@@ -49,9 +53,13 @@ class AsidPool:
 
     Attributes:
         flushes: how often all caches were flushed to recycle ASIDs.
+        on_flush: tells the firmware; FirmwareError: it did not flush, nothing is recycled.
     """
 
-    __slots__ = ("_es_mask", "_in_use", "_reclaim", "_sev_mask", "flush_fails", "flushes")
+    __slots__ = (
+        *("_es_mask", "_in_use", "_reclaim", "_sev_mask"),
+        *("flush_fails", "flushes", "on_flush"),
+    )
 
     def __init__(self, min_sev_asid: int, max_sev_asid: int, *, flush_fails: bool = False) -> None:
         self._es_mask = _bits(1, min_sev_asid - 1)
@@ -60,6 +68,7 @@ class AsidPool:
         self._reclaim = 0
         self.flush_fails = flush_fails
         self.flushes = 0
+        self.on_flush: Callable[[], None] = _nobody
 
     def check_range(self, *, es: bool) -> None:
         """Look whether there is any ASID of a class on this machine.
@@ -111,10 +120,18 @@ class AsidPool:
         """Flush, if that can yield an ASID of the class ``mask``; both classes get theirs back."""
         if not self._reclaim & mask or self.flush_fails:
             return False
+        try:
+            self.on_flush()
+        except (FirmwareError, KvmError):
+            return False
         self.flushes += 1
         self._in_use &= ~self._reclaim
         self._reclaim = 0
         return True
+
+
+def _nobody() -> None:
+    """No firmware to tell."""
 
 
 def _bits(low: int, high: int) -> int:

@@ -6,7 +6,7 @@ Charging a cgroup and taking a key is one synchronous step: either both happened
 from __future__ import annotations
 
 from errno import ENOSPC
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from cgfs.errors import CgroupError
 from kvmsim.errors import KvmError
@@ -23,13 +23,16 @@ class Key:
     Attributes:
         asid: its ASID; for a trust domain the number of its key.
         charge: where it is charged.
+        kind: what it is: ``sev``, ``sev_es`` or ``tdx``. A charge says the same, except after a
+            move with ``move_charges_wrong_type``.
     """
 
-    __slots__ = ("asid", "charge")
+    __slots__ = ("asid", "charge", "kind")
 
     def __init__(self, asid: Asid, charge: AsidCharge) -> None:
         self.asid = asid
         self.charge = charge
+        self.kind = charge.kind
 
 
 class Keys:
@@ -41,9 +44,12 @@ class Keys:
     Attributes:
         asids: the SEV allocator.
         tdx_free: trust domain keys nobody holds.
+        ALLOCATES: ASIDs are handed out and flushed here. False: somewhere else, and whatever comes
+            from there was flushed since its last use.
     """
 
     __slots__ = ("_accounting", "asids", "tdx_free")
+    ALLOCATES: ClassVar[bool] = True
 
     def __init__(self, machine: Machine) -> None:
         sev = machine.sev
@@ -74,7 +80,39 @@ class Keys:
     def free_asid(self, key: Key) -> None:
         """Give an ASID back and end its charge, wherever its process is by now."""
         self.asids.free(key.asid)
-        self._accounting.uncharge_asid(key.charge)
+        wrong = key.kind != key.charge.kind
+        self._accounting.uncharge_asid(key.charge, key.kind if wrong else None)
+
+    # -- moving ----------------------------------------------------------------------------
+
+    def is_charged_to(self, pid: int, key: Key) -> bool:
+        """Whether the cgroup a process is in now is the one a key is charged to."""
+        return self._accounting.is_charged_to(pid, key.charge)
+
+    def charge(self, pid: int, kind: str) -> AsidCharge:
+        """Charge the cgroup of a process for a guest that comes with its key.
+
+        Raises:
+            KvmError: EBUSY a limit or the capacity; EINVAL the capacity of the kind is 0.
+        """
+        return self._charge(pid, kind)
+
+    def cancel(self, charge: AsidCharge) -> None:
+        """The guest does not come."""
+        self._accounting.uncharge_asid(charge)
+
+    def recharge(self, key: Key, charge: AsidCharge, uncharge_as: str | None) -> None:
+        """The guest came: the new charge is the key's, the old one ends.
+
+        Args:
+            key: of the guest.
+            charge: made beforehand.
+            uncharge_as: the kind to give back for the old one, if it is the wrong one.
+        """
+        old, key.charge = key.charge, charge
+        self._accounting.uncharge_asid(old, uncharge_as)
+
+    # -- trust domains ---------------------------------------------------------------------
 
     def take_tdx(self, pid: int) -> Key:
         """Take a trust domain key and charge the cgroup of a process.

@@ -47,14 +47,15 @@ class RunLoop:
         self.granularity_ns = granularity_ns
         self.slipped_ns = 0
         self._epoch_ns = timeline.now_ns
-        self._epoch_s = trio.current_time()
+        self._time = trio.lowlevel.current_clock().current_time
+        self._epoch_s = self._time()
         self._sooner = trio.Event()
         self._looked_ns = timeline.now_ns - granularity_ns
         timeline.on_earlier = self._wake_up
 
     def now_ns(self) -> int:
         """The host's time by the clock; the timeline's present may be earlier."""
-        elapsed_ns = round((trio.current_time() - self._epoch_s) * 1e9)
+        elapsed_ns = round((self._time() - self._epoch_s) * 1e9)
         return self._epoch_ns + elapsed_ns - self.slipped_ns
 
     def catch_up(self) -> int:

@@ -120,6 +120,11 @@ class Timeline:
             limiter.on_ready = self._limiter_ready
             self._look_at_limiter()
 
+    @property
+    def has_limiter(self) -> bool:
+        """Whether somebody's deadlines are kept here besides the guests'."""
+        return self._limiter is not None
+
     def progress_ns(self) -> int:
         """How much a CPU that never stopped would have got done by now."""
         progress = self.now_ns - self.stalled_ns

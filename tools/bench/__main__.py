@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import clients
 import figures
 import report
 import rows
@@ -26,6 +27,7 @@ ALL_WORLDS: dict[str, Callable[[Path], AbstractContextManager[worlds.World]]] = 
     "C libfuse": worlds.c_libfuse,
     "cgfs": worlds.ours,
 }
+ALL_FIGURES = {**figures.FIGURES, **clients.FIGURES}
 
 
 def main() -> int:
@@ -40,13 +42,13 @@ def main() -> int:
     results = report.Results()
     with tempfile.TemporaryDirectory(prefix="bench.") as directory:
         scratch = Path(directory)
-        wanted = options.only or [row.key for row in rows.ROWS] + list(figures.FIGURES)
+        wanted = options.only or [row.key for row in rows.ROWS] + list(ALL_FIGURES)
         try:
             _measure_rows(wanted, scratch, results, quick=options.quick)
         except worlds.MissingWorldError as error:
             results.missing.append(str(error))
         for key in wanted:
-            if key in figures.FIGURES:
+            if key in ALL_FIGURES:
                 _measure_figure(key, scratch, results, quick=options.quick)
     print(report.as_markdown(results) if options.markdown else report.as_text(results))
     if options.json is not None:
@@ -55,7 +57,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    keys = [row.key for row in rows.ROWS] + list(figures.FIGURES)
+    keys = [row.key for row in rows.ROWS] + list(ALL_FIGURES)
     parser = argparse.ArgumentParser("tools/bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", action="append", choices=keys, help="one row; may be repeated")
     parser.add_argument("--quick", action="store_true", help="short turns, small trees: a look")
@@ -101,7 +103,7 @@ def _measure_figure(key: str, scratch: Path, results: report.Results, *, quick: 
     own = scratch / key
     own.mkdir()
     try:
-        results.figures += figures.FIGURES[key](own, quick)
+        results.figures += ALL_FIGURES[key](own, quick)
     except (worlds.MissingWorldError, OSError) as error:
         results.missing.append(f"{key}: {error}")
 

@@ -42,14 +42,14 @@ def idle_memory(scratch: Path, quick: bool) -> Sequence[Figure]:
     with worlds.ours(scratch) as world:
         assert world.nest is not None
         assert world.server is not None
-        before = _resident_bytes(world.server)
+        before = resident_bytes(world.server)
         for first in range(0, nr_cgroups, CGROUPS_PER_DIRECTORY):
             directory = world.nest / f"from{first}"
             directory.mkdir()
             worlds.enable_all(directory)
             for number in range(min(CGROUPS_PER_DIRECTORY, nr_cgroups - first) - 1):
                 (directory / str(number)).mkdir()
-        each = (_resident_bytes(world.server) - before) / nr_cgroups
+        each = (resident_bytes(world.server) - before) / nr_cgroups
     return (
         Figure(
             f"memory of the server per idle cgroup, at {nr_cgroups:,} of them",
@@ -60,7 +60,8 @@ def idle_memory(scratch: Path, quick: bool) -> Sequence[Figure]:
     )
 
 
-def _resident_bytes(pid: int) -> int:
+def resident_bytes(pid: int) -> int:
+    """Returns how much memory a process has."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024

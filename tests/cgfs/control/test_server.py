@@ -9,8 +9,16 @@ import trio
 
 from cgfs.control.client import Client
 from cgfs.control.errors import CommandError
-from cgfs.control.protocol import MAX_LINE_BYTES, Reply, Request, decode_reply, encode_line, raw
-from cgfs.control.server import Method, Server, owner_and_root
+from cgfs.control.protocol import (
+    MAX_LINE_BYTES,
+    Reply,
+    Request,
+    decode_news,
+    decode_reply,
+    encode_line,
+    raw,
+)
+from cgfs.control.server import MAX_BACKLOG_BYTES, Method, Server, owner_and_root
 
 
 class Word(msgspec.Struct):
@@ -182,3 +190,64 @@ def test_server_that_does_not_answer_is_given_up(tmp_path):
 
 def test_reply_without_result_or_problem_is_empty():
     assert bytes(decode_reply(encode_line(Reply(1))).result) == b""
+
+
+class Bell:
+    """A method that keeps its connection, and rings on it."""
+
+    def __init__(self):
+        self.connections = []
+        self.closed = trio.Event()
+
+    async def attach(self, _params, connection):
+        connection.notify("rung", {"times": 1})
+        connection.on_close.append(self.closed.set)
+        self.connections.append(connection)
+        return connection.peer.pid
+
+
+@pytest.fixture
+async def bell(tmp_path, nursery):
+    bell = Bell()
+    server = Server([Method("attach", Word, bell.attach, connected=True)], owner_and_root)
+    await nursery.start(server.serve, tmp_path / "bell.sock")
+    bell.stream = await trio.open_unix_socket(tmp_path / "bell.sock")
+    async with bell.stream:
+        await bell.stream.send_all(encode_line(Request(1, "attach", raw(Word("x")))))
+        yield bell
+
+
+async def receive(stream, count):
+    received = b""
+    while received.count(b"\n") < count:
+        received += await stream.receive_some()
+    return [decode_news(line) for line in received.splitlines()]
+
+
+async def test_notice_made_during_a_request_comes_before_its_reply(bell):
+    notice, reply = await receive(bell.stream, 2)
+    assert (notice.notice, bytes(notice.params)) == ("rung", b'{"times":1}')
+    assert bytes(reply.result) == str(os.getpid()).encode()
+
+
+async def test_notice_comes_without_a_request(bell):
+    await receive(bell.stream, 2)
+    bell.connections[0].notify("rung", {"times": 2})
+    [notice] = await receive(bell.stream, 1)
+    assert bytes(notice.params) == b'{"times":2}'
+
+
+async def test_who_keeps_a_connection_hears_of_its_end(bell):
+    await receive(bell.stream, 2)
+    assert not bell.closed.is_set()
+    await bell.stream.aclose()
+    with trio.fail_after(5):
+        await bell.closed.wait()
+
+
+async def test_client_that_never_reads_is_cut_off(bell, caplog):
+    await receive(bell.stream, 2)
+    with caplog.at_level(logging.CRITICAL + 1, logger="cgfs.control.server"), trio.fail_after(5):
+        while not bell.closed.is_set():
+            bell.connections[0].notify("rung", "x" * (MAX_BACKLOG_BYTES // 2))
+            await trio.sleep(0.01)

@@ -271,3 +271,27 @@ async def test_a_users_mount_shows_the_user_as_owner_and_takes_it_for_root(
 async def test_statfs_is_that_of_cgroupfs(operations, root_ctx):
     found = await operations.statfs(root_ctx)
     assert (found.f_bsize, found.f_namemax, found.f_blocks, found.f_files) == (4096, 255, 0, 0)
+
+
+async def test_a_live_text_is_read_after_what_is_on_its_way(operations, client):
+    fh = await client.open("cgroup.stat")
+    arrived = trio.Event()
+    order = []
+    operations._tree.settle = lambda row: arrived.wait() if row.name == "cgroup.stat" else None
+
+    async def read():
+        await operations.read(fh, 0, 4096)
+        order.append("read")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await trio.sleep(0.005)
+        order.append("arrived")
+        arrived.set()
+    assert order == ["arrived", "read"]
+
+
+async def test_a_set_text_is_read_at_once(operations, client):
+    fh = await client.open("cgroup.max.depth")
+    operations._tree.settle = None
+    assert await operations.read(fh, 0, 4096) == b"max\n"

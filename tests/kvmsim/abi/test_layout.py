@@ -3,6 +3,7 @@ import struct
 import pytest
 
 from kvmsim.abi import ioctls
+from kvmsim.abi.arguments import ARGUMENTS
 from kvmsim.abi.layout import Field, Layout
 from kvmsim.abi.run import KVM_RUN_PAGE
 from kvmsim.abi.sev import KVM_SEV_CMD, KVM_SEV_INIT_STRUCT
@@ -68,3 +69,16 @@ def test_requests_of_one_kind_are_distinct_and_of_kvms_type(table):
 def test_size_field_of_a_request_is_the_size_of_its_structure():
     assert KVM_ENABLE_CAP.size_bytes == ioctls.KVM_ENABLE_CAP >> 16 & 0x3FFF
     assert KVM_REGS.size_bytes == ioctls.KVM_GET_REGS >> 16 & 0x3FFF
+
+
+@pytest.mark.parametrize(
+    ("request_number", "layout"),
+    [
+        pytest.param(number, layout, id=f"{number:#x}")
+        for number, layout in ARGUMENTS.items()
+        # kvm.h says "void *" and "u64" there, and a plain _IO.
+        if number not in {ioctls.KVM_MEMORY_ENCRYPT_OP, ioctls.KVM_REINJECT_CONTROL}
+    ],
+)
+def test_argument_of_a_request_is_as_large_as_the_request_says(request_number, layout):
+    assert ioctls.argument_bytes(request_number) == layout.size_bytes

@@ -30,6 +30,9 @@ class FakeHost:
     def vm_statistics(self):
         return [snapshot("a")]
 
+    async def settle(self):
+        self.callers.append("settled")
+
     def start_vm(self, request, caller_pid):
         self.callers.append(caller_pid)
         if request.name != "a":
@@ -64,7 +67,7 @@ async def test_show_finds_a_vm_by_name(host):
 
 async def test_start_names_the_process_that_asks(host):
     assert await call(host, "vm.start", StartVm("a")) == snapshot("a")
-    assert host.callers == [77]
+    assert host.callers == ["settled", 77]
 
 
 async def test_refused_start_is_one_line_about_that_vm(host):

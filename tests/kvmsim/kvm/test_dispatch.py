@@ -8,13 +8,38 @@ from kvmsim.kvm.client import LocalClient, copy_from_user, copy_to_user
 from kvmsim.kvm.dispatch import SystemFile, VcpuFile, VmFile, handles
 from kvmsim.kvm.system import System
 
+#: Hyper-V, nested virtualisation, dirty rings and pre-faulting; a VM has no attributes on x86, and
+#: Linux has dropped KVM_GET_NR_MMU_PAGES.
+NOT_SERVED = {
+    "SystemFile.KVM_GET_SUPPORTED_HV_CPUID",
+    "VcpuFile.KVM_GET_NESTED_STATE",
+    "VcpuFile.KVM_GET_SUPPORTED_HV_CPUID",
+    "VcpuFile.KVM_PRE_FAULT_MEMORY",
+    "VcpuFile.KVM_SET_NESTED_STATE",
+    "VmFile.KVM_GET_DEVICE_ATTR",
+    "VmFile.KVM_GET_NR_MMU_PAGES",
+    "VmFile.KVM_HAS_DEVICE_ATTR",
+    "VmFile.KVM_HYPERV_EVENTFD",
+    "VmFile.KVM_RESET_DIRTY_RINGS",
+    "VmFile.KVM_SET_DEVICE_ATTR",
+}
 TABLES = [(SystemFile, ioctls.SYSTEM), (VmFile, ioctls.VM), (VcpuFile, ioctls.VCPU)]
 
 
 @pytest.mark.parametrize(("kind", "table"), TABLES, ids=["system", "vm", "vcpu"])
-def test_every_request_of_the_table_has_a_handler_and_no_other_has(kind, table):
+def test_every_handler_is_for_a_request_of_the_table(kind, table):
     assert System is not None
-    assert set(kind.HANDLERS) == set(table.values())
+    assert set(kind.HANDLERS) <= set(table.values())
+
+
+def test_requests_not_served_are_known():
+    unserved = {
+        f"{kind.__name__}.{name}"
+        for kind, table in TABLES
+        for name, number in table.items()
+        if number not in kind.HANDLERS
+    }
+    assert unserved == NOT_SERVED
 
 
 def test_two_handlers_for_one_request_are_a_bug():

@@ -71,7 +71,7 @@ def test_supported_cpuid_without_sev_is_all_zero(kvm):
 @pytest.mark.parametrize(("vendor", "shown"), [("intel", 1 << 24), ("amd", 0)])
 def test_bus_lock_detect_is_for_intel_guests_only(kvm, vendor, shown):
     system = kvm(f'vendor = "{vendor}"\n[bus-lock]\ndetect = true\n')
-    assert leaf(system, 7)["ecx"] == shown
+    assert leaf(system, 7)["ecx"] & 1 << 24 == shown
 
 
 def test_cpuid_tells_family_and_model_of_the_preset(kvm):

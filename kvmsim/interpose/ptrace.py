@@ -1,0 +1,135 @@
+"""Stopping threads of a client, and letting one make a system call of ours.
+
+A thread that waits for the answer to a trapped call stops no sooner than it has it; one that waits
+for another thing of the kernel's uninterruptibly does not stop at all and is not to be asked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from contextlib import suppress
+from errno import EPERM, ESRCH
+from typing import Any, Final
+
+from kvmsim.errors import KvmError
+from kvmsim.interpose import memory
+from kvmsim.interpose.libc import checked
+
+PTRACE_SINGLESTEP: Final = 9
+PTRACE_GETREGS: Final = 12
+PTRACE_SETREGS: Final = 13
+PTRACE_DETACH: Final = 17
+PTRACE_SEIZE: Final = 0x4206
+PTRACE_INTERRUPT: Final = 0x4207
+
+_WALL: Final = 0x4000_0000
+_SYSCALL: Final = b"\x0f\x05"
+_STEPS: Final = 16
+
+# struct user_regs_struct, in 64-bit words.
+_REGS: Final = struct.Struct("=27Q")
+_R10, _R9, _R8, _RAX, _RDX, _RSI, _RDI, _RIP = 7, 8, 9, 10, 12, 13, 14, 16
+_ARGUMENTS: Final = (_RDI, _RSI, _RDX, _R10, _R8, _R9)
+
+_libc: Any = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class Tracee:
+    """A thread held by ptrace.
+
+    Args:
+        number: the thread.
+
+    Raises:
+        OSError: EPERM it is traced already or not ours to trace; ESRCH it is gone.
+    """
+
+    __slots__ = ("_signal", "_stopped", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._signal = 0
+        self._stopped = False
+        _ptrace(PTRACE_SEIZE, number)
+
+    def interrupt(self) -> None:
+        """Let it stop as soon as it can."""
+        _ptrace(PTRACE_INTERRUPT, self.number)
+
+    def wait(self) -> None:
+        """Wait until it has stopped.
+
+        Raises:
+            OSError: ESRCH, it ended instead.
+        """
+        options = os.WSTOPPED | os.WEXITED | os.WNOWAIT | _WALL
+        seen = os.waitid(os.P_PID, self.number, options)
+        if seen is None or seen.si_code not in (os.CLD_TRAPPED, os.CLD_STOPPED):
+            # Its status is for whoever waits for the end of the client.
+            raise ProcessLookupError(ESRCH, f"thread {self.number} ended")
+        os.waitpid(self.number, os.WUNTRACED | _WALL)
+        self._stopped = True
+        if seen.si_code == os.CLD_TRAPPED and 0 < seen.si_status < 0x80 and seen.si_status != 5:
+            self._signal = seen.si_status  # caught on its way; delivered by detach
+
+    def detach(self) -> None:
+        """Let it go on by itself. Nothing, if it has ended."""
+        if self._stopped:
+            with suppress(OSError):
+                _ptrace(PTRACE_DETACH, self.number, self._signal)
+            self._stopped = False
+
+    def call(self, number: int, *arguments: int) -> int:
+        """Let a thread that has just returned from a system call make another one.
+
+        Returns:
+            What the call returned, negative errno included.
+
+        Raises:
+            OSError: it ended, or did not come from a system call.
+        """
+        before = self._registers()
+        try:
+            came_from = memory.read(self.number, before[_RIP] - len(_SYSCALL), len(_SYSCALL))
+        except KvmError as error:
+            raise PermissionError(EPERM, str(error)) from error
+        if came_from != _SYSCALL:
+            raise PermissionError(EPERM, "not stopped behind a system call")
+        registers = list(before)
+        registers[_RAX] = number
+        registers[_RIP] = before[_RIP] - len(_SYSCALL)
+        for register, value in zip(_ARGUMENTS, arguments, strict=False):
+            registers[register] = value
+        self._set_registers(registers)
+        try:
+            for _ in range(_STEPS):
+                _ptrace(PTRACE_SINGLESTEP, self.number)
+                self._stopped = False
+                self.wait()
+                after = self._registers()
+                if after[_RIP] == before[_RIP]:
+                    break
+            else:
+                raise PermissionError(EPERM, "the call was not made")
+        finally:
+            if self._stopped:
+                self._set_registers(before)
+        result = after[_RAX]
+        return result - (1 << 64) if result >> 63 else result
+
+    def _registers(self) -> tuple[int, ...]:
+        buffer = ctypes.create_string_buffer(_REGS.size)
+        _ptrace(PTRACE_GETREGS, self.number, ctypes.addressof(buffer))
+        return _REGS.unpack(buffer.raw)
+
+    def _set_registers(self, values: list[int] | tuple[int, ...]) -> None:
+        buffer = ctypes.create_string_buffer(_REGS.pack(*values), _REGS.size)
+        _ptrace(PTRACE_SETREGS, self.number, ctypes.addressof(buffer))
+
+
+def _ptrace(request: int, thread: int, data: int = 0) -> None:
+    checked(int(_libc.ptrace(request, thread, None, data or None)))

@@ -1,0 +1,175 @@
+"""Replacing a client's private memory by pages this process shares.
+
+While a thread of the client waits for the answer to a call, all its other threads are stopped, what
+is in the memory is copied into a memfd, the call is answered, and before the thread gets back to
+its program it is made to map the memfd over the old pages. No write is lost: nobody runs meanwhile.
+Threads that wait for answers of their own stay as they are, they cannot run either.
+
+Takes the right to trace the client, and that nobody traces it already; else nothing is changed.
+A child of the client shares these pages afterwards instead of getting a copy at its first write,
+and giving pages back with madvise(2) does not empty them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from errno import EBUSY
+from typing import TYPE_CHECKING, Final
+
+from kvmsim.errors import KvmError
+from kvmsim.interpose import memory
+from kvmsim.interpose.ptrace import Tracee
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+
+    from kvmsim.interpose.maps import Mapping
+
+_NR_MMAP: Final = 9
+_NR_CLOSE: Final = 3
+_MAP_FIXED: Final = 0x10
+_ROUNDS: Final = 10
+_PAGE_BYTES: Final = 4096
+_PRESENT_OR_SWAPPED: Final = 0b11 << 62
+_PAGES_AT_ONCE: Final = 1 << 14
+
+
+class Remap:
+    """One replacement, for a thread that waits for its answer.
+
+    Args:
+        pid: the client.
+        thread: the waiting thread.
+        waiting: further threads that wait for an answer.
+        install: gives the waiting thread a copy of a descriptor; its number there.
+        answer: answers the call.
+
+    Attributes:
+        answered: the call is answered, whether or not the pages were replaced.
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        thread: int,
+        waiting: Collection[int],
+        install: Callable[[int], int],
+        answer: Callable[[], object],
+    ) -> None:
+        self.answered = False
+        self._pid = pid
+        self._thread = thread
+        self._waiting = waiting
+        self._install = install
+        self._answer = answer
+
+    def __call__(self, address: int, size_bytes: int, mapping: Mapping) -> mmap.mmap | None:
+        """Replace a range; None if that cannot be done."""
+        if self._stuck_threads():
+            return None
+        memfd = os.memfd_create("kvm-guest-memory", os.MFD_CLOEXEC)
+        others: dict[int, Tracee] = {}
+        try:
+            os.ftruncate(memfd, size_bytes)
+            pages = mmap.mmap(memfd, size_bytes)
+            others[self._thread] = caller = Tracee(self._thread)
+            installed = self._prepare(others, address, pages, memfd)
+            # It stops on its way back from the call, so that takes the answer in any case.
+            caller.interrupt()
+            self._answer()
+            self.answered = True
+            caller.wait()
+            done = installed >= 0 and _map(caller, address, size_bytes, mapping, installed)
+        except OSError:
+            return None
+        else:
+            return pages if done else None
+        finally:
+            os.close(memfd)
+            for thread in others.values():
+                thread.detach()
+
+    def _prepare(
+        self, others: dict[int, Tracee], address: int, pages: mmap.mmap, memfd: int
+    ) -> int:
+        """Stop everybody else and copy; the memfd's number in the client, -1 if that failed."""
+        try:
+            self._stop_others(others)
+            for offset, size_bytes in _filled(self._pid, address, len(pages)):
+                memory.read_into(self._thread, address + offset, pages, offset, size_bytes)
+            return self._install(memfd)
+        except (OSError, KvmError):
+            return -1
+
+    def _stop_others(self, others: dict[int, Tracee]) -> None:
+        """Stop every thread that could run; OSError when new ones keep coming."""
+        for _ in range(_ROUNDS):
+            new = [
+                number
+                for number in self._threads()
+                if number not in others and number not in self._waiting
+            ]
+            if not new:
+                return
+            for number in new:
+                try:
+                    others[number] = thread = Tracee(number)
+                    thread.interrupt()
+                    thread.wait()
+                except ProcessLookupError:
+                    others.pop(number, None)
+        raise BlockingIOError(EBUSY, "the client makes threads faster than they are stopped")
+
+    def _stuck_threads(self) -> bool:
+        """Whether some thread waits uninterruptibly, and not for us."""
+        for number in self._threads():
+            if number != self._thread and number not in self._waiting and _state(number) == b"D":
+                return True
+        return False
+
+    def _threads(self) -> list[int]:
+        try:
+            names = os.listdir(f"/proc/{self._pid}/task")  # noqa: PTH208 - names are all we want
+        except OSError:
+            return []
+        return [int(name) for name in names]
+
+
+def _map(caller: Tracee, address: int, size_bytes: int, mapping: Mapping, installed: int) -> bool:
+    protection = mmap.PROT_READ * mapping.readable | mmap.PROT_WRITE * mapping.writable
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    mapped = caller.call(_NR_MMAP, address, size_bytes, protection, flags, installed, 0)
+    caller.call(_NR_CLOSE, installed)
+    return mapped == address
+
+
+def _filled(pid: int, address: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    """The parts of a range that hold something: (offset, bytes)."""
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for first in range(0, size_bytes // _PAGE_BYTES, _PAGES_AT_ONCE):
+            nr_pages = min(_PAGES_AT_ONCE, size_bytes // _PAGE_BYTES - first)
+            data = os.pread(pagemap, nr_pages * 8, (address // _PAGE_BYTES + first) * 8)
+            entries = struct.unpack(f"={len(data) // 8}Q", data)
+            start = None
+            for index, entry in enumerate((*entries, 0)):
+                filled = bool(entry & _PRESENT_OR_SWAPPED)
+                if filled and start is None:
+                    start = index
+                elif not filled and start is not None:
+                    yield (first + start) * _PAGE_BYTES, (index - start) * _PAGE_BYTES
+                    start = None
+    finally:
+        os.close(pagemap)
+
+
+def _state(thread: int) -> bytes:
+    """The state letter of a thread; empty when it is gone."""
+    try:
+        fd = os.open(f"/proc/{thread}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    with os.fdopen(fd, "rb") as file:
+        return file.read().rpartition(b")")[2].split(None, 1)[0]

@@ -1,0 +1,187 @@
+"""KVM_RUN of clients: threads that wait for their guest.
+
+Like a VMM's thread of the host itself (``kvmsim.vmm.vcpu_thread``), but user space is another
+process: the run ends with an answer to its call. Calls that come for a vCPU meanwhile wait for the
+run to end, as for the vCPU's mutex.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmsim.errors import KvmError
+from kvmsim.kvm.run import Halted, InGuest
+from kvmsim.vmm.timeline import Scheduled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmsim.interpose.clients import Thread
+    from kvmsim.interpose.notify import Notification
+    from kvmsim.kvm.run import Blocked
+    from kvmsim.kvm.vcpu import Vcpu
+    from kvmsim.vmm.timeline import Timeline
+
+MAX_INLINE = 64
+"""Stops without guest time a run goes through before others get their turn."""
+
+STOP_NS = 1_500
+"""What a stop without guest time takes once there have been that many: on Linux, an exit and a new
+entry. A guest that does nothing else gets no more of the supervisor than of a real CPU."""
+
+FIRST_LOOK_NS = 500_000
+LAST_LOOK_NS = 5_000_000
+
+LOOKS_APART_NS = 100_000
+"""Time for each look for signals, on average: one takes about 10 us, and the supervisor has other
+work, so many waiting vCPUs are looked at less often."""
+
+# Where a run is. Plain numbers: they are compared at every step.
+IDLE = 0  # in user space
+GUEST = 1
+HALTED = 2
+THROTTLED = 3
+READY = 4  # a wait is over
+
+
+class Run(Scheduled):
+    """KVM_RUN of one vCPU, one after the other.
+
+    Args:
+        vcpu: the vCPU.
+        timeline: time of its host.
+        done: called with (run, error) when KVM_RUN returns; ``error`` is None for 0.
+
+    Attributes:
+        vcpu: as given.
+        phase: where it is; ``IDLE`` outside of KVM_RUN.
+        notification: the call, while in KVM_RUN.
+        thread: who makes it.
+        waiting: calls on the same vCPU that came meanwhile.
+        release_due: the last descriptor was closed during KVM_RUN.
+        look_at_ns: when to look for signals next.
+        look_after_ns: how long to wait between two looks.
+    """
+
+    __slots__ = (
+        *("vcpu", "phase", "notification", "thread", "waiting", "release_due"),
+        *("look_at_ns", "look_after_ns", "_timeline", "_done", "_burst_ns"),
+    )
+
+    def __init__(
+        self, vcpu: Vcpu, timeline: Timeline, done: Callable[[Run, KvmError | None], None]
+    ) -> None:
+        super().__init__()
+        self.vcpu = vcpu
+        self.phase = IDLE
+        self.notification: Notification | None = None
+        self.thread: Thread | None = None
+        self.waiting: list[Notification] = []
+        self.release_due = False
+        self.look_at_ns = 0
+        self.look_after_ns = FIRST_LOOK_NS
+        self._timeline = timeline
+        self._done = done
+        self._burst_ns = 0
+        vcpu.on_wake = self._woken
+
+    def pass_through(self, blocked: Blocked, now_ns: int) -> Blocked | None:
+        """Let the guest make all the stops that take no time.
+
+        Returns:
+            What is left to wait for; None: KVM_RUN returns 0.
+
+        Raises:
+            KvmError: KVM_RUN fails.
+        """
+        left: Blocked | None = blocked
+        for _ in range(MAX_INLINE):
+            if type(left) is not InGuest or left.guest_ns:
+                break
+            left = self.vcpu.resume(now_ns)
+        return left
+
+    def wait(
+        self, blocked: Blocked, notification: Notification, thread: Thread, now_ns: int
+    ) -> None:
+        """Keep a KVM_RUN waiting; ``done`` is called when it returns."""
+        self.notification = notification
+        self.thread = thread
+        self.look_at_ns = now_ns + FIRST_LOOK_NS
+        self.look_after_ns = FIRST_LOOK_NS
+        self._schedule(blocked, now_ns)
+
+    def step(self, now_ns: int) -> None:
+        """The guest time or the wait is over."""
+        if self.phase == HALTED:  # the guest's own timer
+            self.phase = READY
+            self.vcpu.wake(now_ns)
+        self._resume(now_ns)
+
+    def interrupt(self, now_ns: int) -> None:
+        """A signal: KVM_RUN returns EINTR."""
+        if self.phase == IDLE:
+            return
+        error = self._break_off(now_ns)
+        self._done(self, error)
+
+    def abandon(self, now_ns: int) -> None:
+        """The caller is gone: nobody gets the answer."""
+        if self.phase != IDLE:
+            self._break_off(now_ns)
+            self._end()
+
+    def finish(self) -> None:
+        """The answer is given."""
+        self._end()
+
+    def _break_off(self, now_ns: int) -> KvmError | None:
+        ran_ns = 0
+        if self.phase == GUEST:
+            left_ns = self.due_ns - self._timeline.progress_ns()
+            ran_ns = self._burst_ns - max(0, left_ns)
+        self._timeline.drop(self)
+        self.phase = IDLE
+        try:
+            self.vcpu.interrupt(now_ns, ran_ns)
+        except KvmError as error:
+            return error
+        return None
+
+    def _end(self) -> None:
+        self.phase = IDLE
+        self.notification = None
+        self.thread = None
+
+    def _woken(self, _vcpu: Vcpu, now_ns: int) -> None:
+        """A wait inside KVM_RUN is over."""
+        if self.phase in (HALTED, THROTTLED):
+            self.phase = READY
+            self._timeline.sleep_until(self, now_ns)
+
+    def _resume(self, now_ns: int) -> None:
+        error: KvmError | None = None
+        try:
+            blocked = self.vcpu.resume(now_ns)
+            if blocked is not None:
+                blocked = self.pass_through(blocked, now_ns)
+            if blocked is not None:
+                self._schedule(blocked, now_ns)
+                return
+        except KvmError as failed:
+            error = failed
+        self.phase = IDLE
+        self._done(self, error)
+
+    def _schedule(self, blocked: Blocked, now_ns: int) -> None:
+        """Take a place on the timeline, unless something else ends the wait."""
+        if type(blocked) is InGuest:
+            self.phase = GUEST
+            self._burst_ns = guest_ns = blocked.guest_ns or MAX_INLINE * STOP_NS
+            self._timeline.run_for(self, guest_ns)
+        elif type(blocked) is Halted:
+            self.phase = HALTED
+            if blocked.wake_after_ns is not None:
+                self._timeline.sleep_until(self, now_ns + blocked.wake_after_ns)
+        else:
+            self.phase = THROTTLED

@@ -1,0 +1,236 @@
+"""Time as guests see it: kvmclock, time-stamp counters, their offsets.
+
+The machine's counter runs at the preset's frequency from time 0 of the model. A VM's kvmclock
+starts with the VM, its vCPUs' counters with its first vCPU.
+"""
+
+from __future__ import annotations
+
+from errno import EINVAL, ENXIO
+from typing import TYPE_CHECKING
+
+from kvmsim.abi import caps
+from kvmsim.abi.ioctls import (
+    KVM_GET_CLOCK,
+    KVM_GET_DEVICE_ATTR,
+    KVM_GET_TSC_KHZ,
+    KVM_HAS_DEVICE_ATTR,
+    KVM_KVMCLOCK_CTRL,
+    KVM_SET_CLOCK,
+    KVM_SET_DEVICE_ATTR,
+    KVM_SET_TSC_KHZ,
+)
+from kvmsim.abi.irq import (
+    KVM_CLOCK_DATA,
+    KVM_CLOCK_HOST_TSC,
+    KVM_CLOCK_TSC_STABLE,
+    KVM_VCPU_TSC_CTRL,
+    KVM_VCPU_TSC_OFFSET,
+)
+from kvmsim.abi.msrs import KVM_SYSTEM_TIME, KVM_SYSTEM_TIME_NEW
+from kvmsim.abi.structs import KVM_DEVICE_ATTR
+from kvmsim.errors import KvmError
+from kvmsim.kvm import msr_rules
+from kvmsim.kvm.client import copy_from_user, copy_to_user
+from kvmsim.kvm.dispatch import VcpuFile, VmFile, handles, state_of
+
+if TYPE_CHECKING:
+    from kvmsim.host.machine import Machine
+    from kvmsim.kvm.dispatch import Call
+    from kvmsim.kvm.vcpu import Vcpu
+    from kvmsim.kvm.vm import Vm
+
+U64_MASK = (1 << 64) - 1
+#: Widest scaling the processors can do: guest frequency over host frequency.
+MAX_RATIO = 255
+SYSTEM_TIME = (KVM_SYSTEM_TIME, KVM_SYSTEM_TIME_NEW)
+
+
+class VmClock:
+    """The time of one VM.
+
+    Args:
+        vm: whose.
+
+    Attributes:
+        started_ns: when kvmclock was 0; None until somebody looks.
+        tsc_khz: frequency of vCPUs made from here on.
+        tsc_start: the host's counter when the first vCPU was made; None before.
+    """
+
+    __slots__ = ("started_ns", "tsc_khz", "tsc_start")
+
+    def __init__(self, vm: Vm) -> None:
+        self.started_ns: int | None = None
+        self.tsc_khz = vm.machine.preset.tsc_khz
+        self.tsc_start: int | None = None
+
+
+class VcpuClock:
+    """The time-stamp counter of one vCPU.
+
+    Args:
+        vcpu: whose.
+
+    Attributes:
+        tsc_khz: its frequency.
+        offset: guest counter minus (scaled) host counter, 64 bits.
+    """
+
+    __slots__ = ("offset", "tsc_khz")
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.tsc_khz = of(vcpu.vm).tsc_khz
+        self.offset = 0
+
+
+def of(vm: Vm) -> VmClock:
+    """The time of a VM."""
+    return state_of(vm, VmClock)
+
+
+def of_vcpu(vcpu: Vcpu) -> VcpuClock:
+    """The counter of a vCPU."""
+    return state_of(vcpu, VcpuClock)
+
+
+def host_tsc(machine: Machine, now_ns: int) -> int:
+    """The machine's time-stamp counter."""
+    return now_ns * machine.preset.tsc_khz // 1_000_000
+
+
+def vcpu_created(vcpu: Vcpu, now_ns: int) -> None:
+    """A vCPU was made: its counter is in step with the VM's first."""
+    clock = of(vcpu.vm)
+    if clock.tsc_start is None:
+        clock.tsc_start = now_ns * clock.tsc_khz // 1_000_000
+    of_vcpu(vcpu).offset = -clock.tsc_start & U64_MASK
+
+
+def guest_tsc(vcpu: Vcpu, now_ns: int) -> int:
+    """What RDTSC gives in the guest."""
+    clock = of_vcpu(vcpu)
+    return now_ns * clock.tsc_khz // 1_000_000 + clock.offset & U64_MASK
+
+
+def set_guest_tsc(vcpu: Vcpu, value: int, now_ns: int) -> None:
+    """Make RDTSC give a value now."""
+    clock = of_vcpu(vcpu)
+    clock.offset = value - now_ns * clock.tsc_khz // 1_000_000 & U64_MASK
+
+
+# -- kvmclock ------------------------------------------------------------------------------------
+
+
+@handles(VmFile, KVM_GET_CLOCK)
+def get_clock(vm: Vm, call: Call) -> int:
+    """Nanoseconds of the VM, with the host counter they belong to."""
+    clock = of(vm)
+    if clock.started_ns is None:
+        clock.started_ns = call.now_ns
+    call.write(
+        KVM_CLOCK_DATA.pack(
+            clock=call.now_ns - clock.started_ns & U64_MASK,
+            flags=KVM_CLOCK_TSC_STABLE | KVM_CLOCK_HOST_TSC,
+            host_tsc=host_tsc(vm.machine, call.now_ns),
+        )
+    )
+    return 0
+
+
+@handles(VmFile, KVM_SET_CLOCK)
+def set_clock(vm: Vm, call: Call) -> int:
+    """Set the VM's nanoseconds. There is no real time here, so ``realtime`` has no effect."""
+    data = call.read(KVM_CLOCK_DATA.size_bytes)
+    if KVM_CLOCK_DATA.get(data, "flags") & ~caps.KVM_CLOCK_VALID_FLAGS:
+        raise KvmError(EINVAL, "flags of KVM_SET_CLOCK")
+    of(vm).started_ns = call.now_ns - KVM_CLOCK_DATA.get(data, "clock")
+    return 0
+
+
+@handles(VcpuFile, KVM_KVMCLOCK_CTRL)
+def kvmclock_ctrl(vcpu: Vcpu, call: Call) -> int:
+    """Tell the guest it was paused; EINVAL unless it has enabled its clock."""
+    del call
+    written = [msr_rules.stored(vcpu, index) for index in SYSTEM_TIME]
+    if not any(value & 1 for value in written):
+        raise KvmError(EINVAL, "the guest has no kvmclock")
+    return 0
+
+
+# -- time-stamp counters -------------------------------------------------------------------------
+
+
+def _checked_khz(machine: Machine, khz: int) -> int:
+    """A frequency to set; 0 means the host's. KvmError EINVAL beyond what scaling can do."""
+    if not 0 <= khz <= machine.preset.tsc_khz * MAX_RATIO or khz >= 1 << 31:
+        raise KvmError(EINVAL, f"{khz} kHz")
+    return khz or machine.preset.tsc_khz
+
+
+@handles(VmFile, KVM_GET_TSC_KHZ)
+def get_vm_tsc_khz(vm: Vm, call: Call) -> int:
+    """The frequency a new vCPU starts with."""
+    del call
+    return of(vm).tsc_khz
+
+
+@handles(VmFile, KVM_SET_TSC_KHZ)
+def set_vm_tsc_khz(vm: Vm, call: Call) -> int:
+    """Choose the frequency new vCPUs start with, before there is any."""
+    khz = _checked_khz(vm.machine, call.value & 0xFFFF_FFFF)
+    if vm.vcpus:
+        raise KvmError(EINVAL, "vCPUs exist")
+    of(vm).tsc_khz = khz
+    return 0
+
+
+@handles(VcpuFile, KVM_GET_TSC_KHZ)
+def get_tsc_khz(vcpu: Vcpu, call: Call) -> int:
+    """The frequency of the vCPU's counter."""
+    del call
+    return of_vcpu(vcpu).tsc_khz
+
+
+@handles(VcpuFile, KVM_SET_TSC_KHZ)
+def set_tsc_khz(vcpu: Vcpu, call: Call) -> int:
+    """Choose the frequency of the vCPU's counter."""
+    of_vcpu(vcpu).tsc_khz = _checked_khz(vcpu.vm.machine, call.value & 0xFFFF_FFFF)
+    return 0
+
+
+# -- attributes of a vCPU ------------------------------------------------------------------------
+
+
+def _offset_address(call: Call) -> int:
+    """Where the value of the offset is; KvmError ENXIO for any other attribute."""
+    data = call.read(KVM_DEVICE_ATTR.size_bytes)
+    get = KVM_DEVICE_ATTR.get
+    wanted = (get(data, "group"), get(data, "attr"))
+    if wanted != (KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET):
+        raise KvmError(ENXIO, f"no attribute {wanted}")
+    return get(data, "addr")
+
+
+@handles(VcpuFile, KVM_HAS_DEVICE_ATTR)
+def has_device_attr(vcpu: Vcpu, call: Call) -> int:
+    """Whether an attribute exists."""
+    del vcpu
+    _offset_address(call)
+    return 0
+
+
+@handles(VcpuFile, KVM_GET_DEVICE_ATTR)
+def get_device_attr(vcpu: Vcpu, call: Call) -> int:
+    """Copy the offset of the counter out."""
+    offset = of_vcpu(vcpu).offset
+    copy_to_user(call.client, _offset_address(call), offset.to_bytes(8, "little"))
+    return 0
+
+
+@handles(VcpuFile, KVM_SET_DEVICE_ATTR)
+def set_device_attr(vcpu: Vcpu, call: Call) -> int:
+    """Take the offset of the counter over."""
+    data = copy_from_user(call.client, _offset_address(call), 8)
+    of_vcpu(vcpu).offset = int.from_bytes(data, "little")
+    return 0
