@@ -12,7 +12,12 @@ import select
 import struct
 from contextlib import suppress
 from errno import EINTR, ENOENT
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NOTIF_RECV: Final = 0xC0502100
 NOTIF_SEND: Final = 0xC0182101
@@ -22,6 +27,9 @@ NOTIF_SET_FLAGS: Final = 0x40082104
 
 SYNC_WAKE_UP: Final = 1
 FLAG_CONTINUE: Final = 1
+
+BATCH: Final = 64
+"""Calls answered in a row before other tasks get their turn."""
 
 NOTIF_BYTES: Final = 80
 #: id, pid, flags, nr, arch, instruction pointer, arguments 0 to 5.
@@ -151,3 +159,22 @@ class Listener:
                 raise
             return False
         return True
+
+
+async def answer_calls(listener: Listener, answer: Callable[[Notification], None]) -> None:
+    """Have calls answered as they come, until no task of the client tree is left.
+
+    Going back to the event loop takes longer than a call, so all that wait are answered before.
+    """
+    while True:
+        await trio.lowlevel.wait_readable(listener.fd)
+        answered = 0
+        while waiting := listener.waiting():
+            notification = listener.receive()
+            if notification is not None:
+                answer(notification)
+            answered += 1
+            if answered % BATCH == 0:
+                await trio.lowlevel.checkpoint()
+        if waiting is None:
+            return

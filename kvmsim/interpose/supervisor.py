@@ -11,7 +11,7 @@ import logging
 import os
 from contextlib import suppress
 from errno import EIO, ENOENT
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import trio
 
@@ -22,6 +22,7 @@ from kvmsim.interpose.client_memory import share
 from kvmsim.interpose.clients import FRESH_NS, Clients
 from kvmsim.interpose.descriptors import Descriptors
 from kvmsim.interpose.filter import NR_IOCTL
+from kvmsim.interpose.notify import answer_calls
 from kvmsim.interpose.remap import Remap
 from kvmsim.interpose.runs import LAST_LOOK_NS, LOOKS_APART_NS, Run
 from kvmsim.interpose.signals import pending
@@ -45,9 +46,6 @@ if TYPE_CHECKING:
     from kvmsim.vmm.run_loop import RunLoop
 
 log = logging.getLogger(__name__)
-
-BATCH: Final = 64
-"""Calls answered in a row before other tasks get their turn."""
 
 _DOUBT_S = 0.001
 _DOUBTS = 5
@@ -150,7 +148,7 @@ class Supervisor:
             nursery.start_soon(self._watch_closes)
             nursery.start_soon(self._watch_signals)
             nursery.start_soon(self._handle_late)
-            await self._answer_calls()
+            await answer_calls(self.listener, self.handle)
             nursery.cancel_scope.cancel()
 
     def close(self) -> None:
@@ -162,21 +160,6 @@ class Supervisor:
             self._parked.pop(run)
         self.descriptors.close(self._released)
         self.clients.close()
-
-    async def _answer_calls(self) -> None:
-        listener = self.listener
-        while True:
-            await trio.lowlevel.wait_readable(listener.fd)
-            answered = 0
-            while waiting := listener.waiting():
-                notification = listener.receive()
-                if notification is not None:
-                    self.handle(notification)
-                answered += 1
-                if answered % BATCH == 0:
-                    await trio.lowlevel.checkpoint()
-            if waiting is None:
-                return
 
     async def _watch_closes(self) -> None:
         while True:

@@ -79,10 +79,6 @@ class LocalClient:
         self._mapped: dict[int, bytes | bytearray] = {}
         self._end = self._FIRST_ADDRESS
 
-    def install(self, file: KvmFile | None) -> int:
-        """Give an object a descriptor, for structures that contain some; None: a foreign one."""
-        return self.open(file)
-
     def file(self, fd: int) -> KvmFile | None:
         """See :meth:`Client.file`."""
         if fd not in self.files:
@@ -98,7 +94,7 @@ class LocalClient:
         return address
 
     def open(self, file: object) -> int:
-        """Give an object the lowest free descriptor from 3 on."""
+        """Give an object the lowest free descriptor from 3 on; None stands for a foreign one."""
         number = 3
         while number in self.files:
             number += 1

@@ -37,6 +37,10 @@ log = logging.getLogger(__name__)
 PATIENCE_S = 20
 """How long a host may take for one answer."""
 
+MAX_UNANSWERED = 64
+"""How much may be said before its answers are waited for. They take up the socket, and a host that
+cannot send does not listen: Linux holds a few hundred short messages for each side."""
+
 _RECEIVE_BYTES = 65536
 _TIMEVAL = struct.Struct("ll")
 
@@ -64,6 +68,7 @@ class HostConnection:
             self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
         self._lines = LineBuffer()
         self._last_id = 0
+        self._unanswered = 0
         self._notices: list[Notice] = []
         self._handlers: dict[str, Callable[[bytes], None]] = {}
         self._news = trio.Event()
@@ -105,8 +110,11 @@ class HostConnection:
 
     def post(self, method: str, params: object) -> None:
         """Say something whose answer does not matter; nothing happens if the host is lost."""
+        while self._unanswered >= MAX_UNANSWERED and not self.lost:
+            self._received(0)
         try:
             self._send(Request(0, method, raw(params)))
+            self._unanswered += 1
         except KvmError:
             log.debug("%s was not sent: the host is gone", method)
 
@@ -196,8 +204,10 @@ class HostConnection:
             if isinstance(news, Notice):
                 self._notices.append(news)
                 self._news.set()
-            elif news.problem is not None and not news.id:
-                log.warning("the host says: %s", news.problem.message)
+            elif not news.id:
+                self._unanswered -= 1
+                if news.problem is not None:
+                    log.warning("the host says: %s", news.problem.message)
             else:
                 replies.append(news)
         return replies

@@ -17,7 +17,7 @@ from kvmsim.abi.ioctls import KVM_CHECK_EXTENSION
 from kvmsim.interpose import memory
 from kvmsim.interpose.filter import NR_IOCTL
 from kvmsim.interpose.launch import Command, launch
-from kvmsim.interpose.notify import Listener
+from kvmsim.interpose.notify import Listener, answer_calls
 from kvmsim.interpose.run import attend, signals_waiting
 from kvmsim.supervise import decode
 from kvmsim.supervise.trace import Trace
@@ -58,22 +58,11 @@ def pass_through(argv: Sequence[str], answers: Mapping[int, int], output: IO[byt
         listener = Listener(launched.listener)
         recorder = _Recorder(answers, Trace(output) if output else None)
         try:
-            return trio.run(attend, launched, partial(_serve, listener, recorder))
+            answer = partial(recorder.handle, listener)
+            return trio.run(attend, launched, partial(answer_calls, listener, answer))
         finally:
             listener.close()
             os.close(launched.pidfd)
-
-
-async def _serve(listener: Listener, recorder: _Recorder) -> None:
-    """Answer calls until no task of the client tree is left."""
-    while True:
-        await trio.lowlevel.wait_readable(listener.fd)
-        while waiting := listener.waiting():
-            notification = listener.receive()
-            if notification is not None:
-                recorder.handle(listener, notification)
-        if waiting is None:
-            return
 
 
 class _Memory:

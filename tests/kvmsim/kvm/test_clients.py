@@ -131,7 +131,7 @@ def test_qemu_gets_a_pc(system, client, call, irqchip):
         assert call(vm, ioctls.KVM_CREATE_IRQCHIP) == 0
         assert call(vm, ioctls.KVM_CREATE_PIT2, bytearray(64)) == 0
         assert call(vm, ioctls.KVM_SET_GSI_ROUTING, irq.KVM_IRQ_ROUTING.pack()) == 0
-    notify = irq.KVM_IOEVENTFD.pack(fd=client.install(None), addr=0xFFFF, len=2, flags=3)
+    notify = irq.KVM_IOEVENTFD.pack(fd=client.open(None), addr=0xFFFF, len=2, flags=3)
     assert call(vm, ioctls.KVM_IOEVENTFD, notify) == 0
     for slot, flags, gpa, size in ((0, 0, 0, MIB), (1, 2, MIB, MIB), (0, 1, 0, MIB), (1, 2, 0, 0)):
         data = memory.KVM_USERSPACE_MEMORY_REGION.pack(

@@ -98,7 +98,7 @@ def irqfd(vm, fd, **values):
 
 
 def test_eventfd_is_wired_to_one_interrupt(vm):
-    fd = vm.creator.install(None)
+    fd = vm.creator.open(None)
     assert irqfd(vm, fd, gsi=5) == 0
     assert errno_of(lambda: irqfd(vm, fd, gsi=6)) == EBUSY
     assert irqfd(vm, fd, gsi=5, flags=1) == 0
@@ -108,12 +108,12 @@ def test_eventfd_is_wired_to_one_interrupt(vm):
 
 def test_what_is_no_eventfd_is_not_wired(vm):
     assert errno_of(lambda: irqfd(vm, 99)) == EBADF
-    assert errno_of(lambda: irqfd(vm, vm.creator.install(vm))) == EINVAL
+    assert errno_of(lambda: irqfd(vm, vm.creator.open(vm))) == EINVAL
 
 
 def test_without_controllers_there_is_nothing_to_wire_to(kvm):
     vm = kvm().create_vm(0, LocalClient(1))
-    fd = vm.creator.install(None)
+    fd = vm.creator.open(None)
     assert errno_of(lambda: irqfd(vm, fd)) == EINVAL
 
 
@@ -137,7 +137,7 @@ MATCH, PIO, DEASSIGN = 1, 2, 4
     ],
 )
 def test_two_eventfds_for_one_write_collide(vm, second, collides):
-    fds = [vm.creator.install(None) for _ in range(2)]
+    fds = [vm.creator.open(None) for _ in range(2)]
     ioeventfd(vm, fds[0])
     if collides:
         assert errno_of(lambda: ioeventfd(vm, fds[1], **second)) == EEXIST
@@ -146,13 +146,13 @@ def test_two_eventfds_for_one_write_collide(vm, second, collides):
 
 
 def test_values_that_differ_do_not_collide(vm):
-    fd = vm.creator.install(None)
+    fd = vm.creator.open(None)
     assert [ioeventfd(vm, fd, flags=MATCH, datamatch=value) for value in (1, 2)] == [0, 0]
     assert errno_of(lambda: ioeventfd(vm, fd, flags=MATCH, datamatch=1)) == EEXIST
 
 
 def test_only_what_was_assigned_can_be_taken_off(vm):
-    fd, other = (vm.creator.install(None) for _ in range(2))
+    fd, other = (vm.creator.open(None) for _ in range(2))
     ioeventfd(vm, fd)
     assert errno_of(lambda: ioeventfd(vm, other, flags=DEASSIGN)) == ENOENT
     assert ioeventfd(vm, fd, flags=DEASSIGN) == 0

@@ -121,7 +121,7 @@ def test_size_of_the_guest_physical_space_is_the_hosts(kvm, client):
 @pytest.fixture
 def memfd(snp, client):
     data = KVM_CREATE_GUEST_MEMFD.pack(size=8 * PAGE)
-    return client.install(snp.ioctl(ioctls.KVM_CREATE_GUEST_MEMFD, data))
+    return client.open(snp.ioctl(ioctls.KVM_CREATE_GUEST_MEMFD, data))
 
 
 def test_slot_with_private_pages(snp, memfd):
@@ -148,7 +148,7 @@ def test_slot_that_cannot_have_private_pages(snp, memfd, values, errno):
 
 def test_other_files_hold_no_private_pages(snp, client):
     for file in (None, snp):
-        given = {"flags": PRIVATE, "guest_memfd": client.install(file)}
+        given = {"flags": PRIVATE, "guest_memfd": client.open(file)}
         assert errno_of(lambda given=given: put(snp, **given)) == EINVAL
 
 

@@ -36,7 +36,7 @@ class Fuzz:
         self.buffers = [bytearray(8192) for _ in range(4)]
         self.addresses = [self.client.map(data) for data in self.buffers]
         self.files = [system]
-        self.client.install(None)
+        self.client.open(None)
 
     def word(self, size_bytes):
         chance = self.chance
@@ -82,7 +82,7 @@ class Fuzz:
                 file.interrupt(0, 0)
         elif isinstance(result, KvmFile) and len(self.files) < MAX_FILES:
             self.files.append(result)
-            self.client.install(result)
+            self.client.open(result)
         elif not isinstance(result, KvmFile):
             assert isinstance(result, int)
 

@@ -211,3 +211,15 @@ async def test_task_delivers_notices_and_the_end_of_the_host(served, supervise, 
     served.scope.cancel()
     with trio.fail_after(5):
         await ended.wait()
+
+
+async def test_host_that_answers_much_that_is_not_read_goes_on(supervise, in_thread):
+    connection = (await supervise()).connection
+
+    def give_much_back():
+        for _ in range(3000):
+            connection.post("client.report", VmReport())
+        connection.call("client.report", VmReport(), Nothing)
+
+    await in_thread(give_much_back)
+    assert not connection.lost

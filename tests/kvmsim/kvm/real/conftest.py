@@ -147,10 +147,10 @@ class Emulated:
         file.release()
 
     def fd(self, file):
-        return self.system.creator.install(file)
+        return self.system.creator.open(file)
 
     def eventfd(self):
-        return self.system.creator.install(None)
+        return self.system.creator.open(None)
 
     def content(self, file):
         return file.content()
