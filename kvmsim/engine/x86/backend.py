@@ -142,6 +142,10 @@ class Unicorn:
         self._uc = handle
         self._stop = lib.uc_emu_stop
         self._stop.argtypes = (ctypes.c_void_p,)
+        self._read = lib.uc_reg_read
+        self._read.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+        self._value = ctypes.c_uint64()
+        self._value_at = ctypes.addressof(self._value)
         self._keep: list[Any] = []
         self._mmio_callbacks: dict[int, Any] = {}
         self._ctl(_CTL_CPU_MODEL, _CPU_SKYLAKE_SERVER)
@@ -182,9 +186,8 @@ class Unicorn:
 
     def flags(self) -> int:
         """RFLAGS, computed."""
-        value = ctypes.c_uint64()
-        self._lib.uc_reg_read(self._uc, _REG_RFLAGS, ctypes.byref(value))
-        return value.value
+        self._read(self._uc, _REG_RFLAGS, self._value_at)
+        return self._value.value
 
     @contextmanager
     def preserved(self) -> Iterator[None]:

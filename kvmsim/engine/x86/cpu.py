@@ -44,7 +44,7 @@ class Cpu:
         wants_window: stop when the guest can take an interrupt.
         guest_ns: guest time it has executed.
         bus_locks: bus locks its guest has taken.
-        lbr: last-branch records, fed while set.
+        lbr: last-branch records, fed while they are enabled; None: the vCPU has none.
     """
 
     def __init__(self, vm: X86Vm, blank: bytes) -> None:

@@ -69,6 +69,10 @@ class Meter:
         self._given = self._words[0] = size_bytes
         self._words[1] = 0
 
+    def charge(self, size_bytes: int) -> None:
+        """Count work that is not code."""
+        self._words[0] -= size_bytes
+
     def kick(self) -> None:
         """Stop at the start of the next block; from any thread."""
         self._words[1] = 1

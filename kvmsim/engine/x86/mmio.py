@@ -8,10 +8,12 @@ reads besides takes it back to its beginning, and out once more.
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.base import InternalError, Mmio
 from kvmsim.engine.x86.backend import ACCESS_FETCHES, ACCESS_READ, ACCESS_WRITES
+from kvmsim.engine.x86.memory import Slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,12 +105,17 @@ def _finish(vm: X86Vm, cpu: Cpu, answers: Answers) -> None:
     """Try to execute the instruction with what is known; stops that come of it wait in the vCPU."""
     step = _Step(answers)
     before = bytes(vm.unicorn.env)
+    scratch: list[Slot] = []
     for page in answers.pages:
         slot = vm.memory.find(page)
-        if slot is not None:
+        if slot is None:
+            vm.unicorn.map_mmio(page, *_callbacks(step, page))
+        else:
             vm.unicorn.unmap(page, PAGE)
-        vm.unicorn.map_mmio(page, *_callbacks(step, page))
+            scratch.append(_scratch(slot, page))
+            vm.unicorn.map(page, PAGE, scratch[-1].address)
     vm.unicorn.flush_tlb()
+    vm.meter.start(vm.slice_bytes)
     why = vm.single(cpu)
     for page in answers.pages:
         vm.unicorn.unmap(page, PAGE)
@@ -126,6 +133,13 @@ def _finish(vm: X86Vm, cpu: Cpu, answers: Answers) -> None:
     if stop is not None:
         cpu.stops.append(stop)
     cpu.stops.extend(Mmio(gpa=gpa, size=len(data), data=data) for gpa, data in step.writes)
+
+
+def _scratch(slot: Slot, page: int) -> Slot:
+    """A copy of a page of read-only memory that takes the write user space was told of."""
+    copy = mmap.mmap(-1, PAGE)
+    copy[:] = slot.memory[page - slot.gpa : page - slot.gpa + PAGE]
+    return Slot(page, memoryview(copy))
 
 
 def _callbacks(

@@ -33,6 +33,8 @@ def read_msr(cpu: Cpu, index: int) -> int | None:
         return mtrrs.variable[(index - _VARIABLE) // 2][index % 2]
     if index in _FIXED:
         return mtrrs.fixed[_FIXED.index(index)]
+    if cpu.lbr is not None and (record := cpu.lbr.read(index)) is not None:
+        return record
     special = {IA32_TSC: cpu.tsc, IA32_MTRRCAP: _CAPABILITY, IA32_MTRR_DEF_TYPE: mtrrs.default}
     if index in special:
         return special[index]
@@ -51,6 +53,8 @@ def write_msr(cpu: Cpu, index: int, value: int) -> bool:
     if index == IA32_TSC:
         cpu.tsc = value
         return True
+    if cpu.lbr is not None and cpu.lbr.read(index) is not None:
+        return cpu.lbr.write(index, value)
     if index == IA32_PAT:
         cpu.mapping_changed()
     return cpu.registers.set_msr(index, value) or cpu.policy.wrmsr(cpu, index, value)

@@ -15,7 +15,7 @@ A fault of the locked instruction itself leaves RIP on it, which is how a lock t
 told from one that was. Translated blocks come to know a new callback only by being dropped.
 
 Guest time is counted in bytes of code of the blocks entered, four of which stand for one
-instruction and one cycle; a bus lock takes ``BUS_LOCK_NS`` more. Counting is exact from run to run,
+instruction and one cycle; exceptions and bus locks take more. Counting is exact from run to run,
 not towards any real processor.
 """
 
@@ -29,6 +29,7 @@ from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86 import delivery, instructions, mmio, paging, sites
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.backend import Unicorn
+from kvmsim.engine.x86.branches import BranchFeed
 from kvmsim.engine.x86.cpu import Cpu
 from kvmsim.engine.x86.delivery import AC, DB, UD, Event, Fault, TripleFault, Unsupported
 from kvmsim.engine.x86.memory import Memory, NoMemory
@@ -45,10 +46,11 @@ BYTES_PER_NS = 12
 BUS_LOCK_NS = 333
 PAGE = 4096
 DR6_BS = 1 << 14
-STI = 0xFB
+STI, SYSCALL, SYSENTER, WRMSR = 0xFB, 0x0F05, 0x0F34, 0x0F30
 #: Whether the last exception came of an INT instruction; a 32-bit word of the emulator's state.
 EXCEPTION_IS_INT = 5388 // 4
-_MAX_RESTARTS = 100_000
+#: What an exception, or an instruction the engine executes, costs, in bytes of code.
+EXIT_BYTES = 400
 
 
 class Why(Enum):
@@ -70,7 +72,9 @@ class X86Vm:
     Args:
         slots: its memory.
         policy: what its processors are like.
-        slice_bytes: bytes of code a vCPU executes at most before it stops for no other reason.
+        slice_bytes: bytes of code a vCPU executes at most before it stops for no other reason. It
+            must be more than any block of the guest's has, or the guest gets nowhere; a page is
+            enough.
 
     Raises:
         ConfigError: Unicorn is not there, or another release.
@@ -101,7 +105,7 @@ class X86Vm:
         self._new_code: list[tuple[int, int]] = []
         self._flush_code = False
         self._fell_short = False
-        self._branched_from = 0
+        self._branches = BranchFeed(self)
         self.access: tuple[int, int, int, int] | None = None
         self.stepping = False
         self._install()
@@ -154,6 +158,16 @@ class X86Vm:
         cpu.saved[:] = self.unicorn.env
         cpu.use_saved()
         self._current = None
+
+    @property
+    def mode(self) -> int:
+        """Bits of the code segment of the vCPU that executes."""
+        return self._live.mode
+
+    @property
+    def linear_rip(self) -> int:
+        """Linear address of that vCPU's next instruction."""
+        return self._live.linear_rip
 
     def translation_changed(self) -> None:
         """Address translation is another from now on."""
@@ -286,7 +300,7 @@ class X86Vm:
         self._why = Why.ACCESS
 
     def _on_block_made(self, address: int, size: int) -> None:
-        code = self._read_code(address, size)
+        code = self.read_code(address, size)
         met = any(at in self._sites for at in range(address, address + size))
         if not met and not d.INTERESTING.search(code):
             return
@@ -323,7 +337,7 @@ class X86Vm:
             site.ambiguous = True
             site.calm = frozenset()
 
-    def _read_code(self, address: int, size: int) -> bytes:
+    def read_code(self, address: int, size: int) -> bytes:
         """Code at a linear address; its pages are watched for changes by the host from now on."""
         code = b""
         while len(code) < size:
@@ -345,7 +359,7 @@ class X86Vm:
 
     def _site_now(self, address: int) -> Site | None:
         """What is at an address at this moment."""
-        code = self._read_code(address, d.MAX_LENGTH)
+        code = self.read_code(address, d.MAX_LENGTH)
         found = d.decode(code, 0, self._live.mode)
         kind = None if found is None else sites.kind_of(found)
         if found is None or kind is None:
@@ -369,6 +383,7 @@ class X86Vm:
             raise RuntimeError(msg)
         self.load(cpu)
         self._check_code()
+        self._branches.watch(cpu)
         began_ns = cpu.guest_ns
         self.meter.start(self.slice_bytes)
         stop = self._run(cpu)
@@ -380,9 +395,11 @@ class X86Vm:
         return stop
 
     def _run(self, cpu: Cpu) -> Stop:
-        for _ in range(_MAX_RESTARTS):
+        while True:
             if cpu.stops:
                 return cpu.stops.pop(0)
+            if self.meter.expired():
+                return InKernel()
             try:
                 stop = self._deliver(cpu) or self._step(cpu)
             except TripleFault:
@@ -391,15 +408,14 @@ class X86Vm:
                 return InternalError(suberror=3)
             if stop is not None:
                 return stop
-        return InKernel()
 
     def _deliver(self, cpu: Cpu) -> Stop | None:
         """Deliver what is queued; the stop of a debugger or a VMM that waits for a window."""
         while cpu.events:
             event = cpu.events.pop(0)
+            source = cpu.registers.linear_rip - event.length
             delivery.inject(cpu.registers, self.memory, event)
-            if cpu.lbr is not None:
-                cpu.lbr.branch(self._branched_from, cpu.registers.linear_rip, d.Branch.FAR)
+            self._branches.far(source, cpu.registers.linear_rip)
         if cpu.wants_window and cpu.interruptible:
             cpu.wants_window = False
             return IrqWindow()
@@ -417,7 +433,7 @@ class X86Vm:
             return taken
         if why is Why.NOTHING:
             if self.meter.expired():
-                return InKernel()
+                return None
             # HLT is a site and never gets here.
             return InternalError(suberror=1, data=(status, cpu.registers.linear_rip))
         return self.handle(cpu, why)
@@ -435,7 +451,7 @@ class X86Vm:
             for begin, end in self._new_code:
                 self.unicorn.drop_code(begin, end)
             self._new_code.clear()
-        self._branched_from = cpu.registers.linear_rip
+        self._branches.stopped()
         return self._why, status
 
     def _take(self, cpu: Cpu) -> Stop | None:
@@ -450,6 +466,8 @@ class X86Vm:
     def handle(self, cpu: Cpu, why: Why) -> Stop | None:
         """What an end of execution means; None: the guest goes on."""
         stop: Stop | None = None
+        if why is not Why.NEW_SITES:
+            self.meter.charge(EXIT_BYTES)
         if why is Why.LOCK:
             site = self._site
             assert site is not None
@@ -490,11 +508,16 @@ class X86Vm:
             cpu.queue(Event(UD))
             return None
         traps = cpu.registers.flags & r.FLAG_TF
+        at = cpu.registers.linear_rip
         try:
             stop = instructions.execute(cpu, site.found)
         except Fault as fault:
             self.raise_fault(cpu, fault)
             return None
+        if site.found.opcode in {SYSCALL, SYSENTER}:
+            self._branches.far(at, cpu.registers.linear_rip)
+        elif site.found.opcode == WRMSR:
+            self._branches.watch(cpu)
         if traps and stop is None:
             self._trap(cpu)
         return stop
@@ -518,7 +541,7 @@ class X86Vm:
 
     def _int_length(self, cpu: Cpu, vector: int) -> int:
         """Bytes of the INT3, INTO or INT n just behind which RIP is."""
-        last = self._read_code(cpu.registers.linear_rip - 1, 1)
+        last = self.read_code(cpu.registers.linear_rip - 1, 1)
         return 1 if (last, vector) in {(b"\xcc", delivery.BP), (b"\xce", delivery.OF)} else 2
 
     def _trap(self, cpu: Cpu) -> None:
