@@ -140,6 +140,7 @@ class Unicorn:
         handle = ctypes.c_void_p()
         self._check(lib.uc_open(_ARCH_X86, _MODE_64, ctypes.byref(handle)))
         self._uc = handle
+        self._handle = handle.value
         self._stop = lib.uc_emu_stop
         self._stop.argtypes = (ctypes.c_void_p,)
         self._read = lib.uc_reg_read
@@ -178,15 +179,16 @@ class Unicorn:
     def start(self, address: int) -> int:
         """Execute from an offset in CS until a callback stops; the library's error number."""
         self.d[5496 // 4] = 0xFFFF_FFFF  # old_exception: none
-        return int(self._start(self._uc, address, 0xFFFF_FFFF_FFFF_FFFF, 0, 0))
+        status: int = self._start(self._handle, address, 0xFFFF_FFFF_FFFF_FFFF, 0, 0)
+        return status
 
     def stop(self) -> None:
         """Stop; from a callback only."""
-        self._stop(self._uc)
+        self._stop(self._handle)
 
     def flags(self) -> int:
         """RFLAGS, computed."""
-        self._read(self._uc, _REG_RFLAGS, self._value_at)
+        self._read(self._handle, _REG_RFLAGS, self._value_at)
         return self._value.value
 
     @contextmanager

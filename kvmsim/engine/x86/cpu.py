@@ -35,6 +35,8 @@ class Cpu:
         vm: its VM.
         policy: of its VM.
         memory: guest-physical memory.
+        registers: its registers, wherever they are. After changing what address translation uses,
+            call :meth:`changed`.
         mtrrs: memory types by address.
         cr8: task priority.
         xcr0: enabled extended state.
@@ -52,8 +54,8 @@ class Cpu:
         self.policy: Policy = vm.policy
         self.memory: Memory = vm.memory
         self.saved = bytearray(blank)
-        self._registers = r.Registers(memoryview(self.saved))
-        self.linear = Linear(self._registers, self.memory)
+        self.registers = r.Registers(memoryview(self.saved))
+        self.linear = Linear(self.registers, self.memory)
         self.mtrrs = Mtrrs.reset()
         self.cr8 = 0
         self.xcr0 = 1
@@ -69,14 +71,9 @@ class Cpu:
         self._completion: Callable[[bytes], None] | None = None
         self.reset()
 
-    @property
-    def registers(self) -> r.Registers:
-        """Its registers. After changing what address translation uses, call :meth:`changed`."""
-        return self._registers
-
     def use(self, registers: r.Registers) -> None:
         """Its state is elsewhere from now on: in the emulator, or saved."""
-        self._registers = registers
+        self.registers = registers
         self.linear = Linear(registers, self.memory)
 
     def use_saved(self) -> None:

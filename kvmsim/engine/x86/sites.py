@@ -71,10 +71,10 @@ class Site:
         return LINE - self.room
 
     @property
-    def next(self) -> int:
+    def following(self) -> int:
         """Linear address of the instruction behind it."""
-        assert self.found is not None
-        return self.address + self.found.length
+        found = self.found
+        return self.address if found is None else self.address + len(found.code)
 
 
 def kind_of(found: d.Instruction) -> Kind | None:
@@ -118,7 +118,7 @@ def make(address: int, kind: Kind, found: d.Instruction, mode: int) -> Site:
     site = Site(address, kind, found, mode)
     if kind is Kind.LOCK:
         site.room = LINE - d.locked_bytes(found)
-        text = _location(site.next, found, mode)
+        text = _location(site.following, found, mode)
         site.locate = _compiled(f"lambda q:{text}")
         site.watch = _compiled(
             "lambda q,site,look:lambda:None if (at:="

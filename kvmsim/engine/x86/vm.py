@@ -191,8 +191,18 @@ class X86Vm:
         if watch is not None:
             site.calm = self._calm
             self.unicorn.hook_code(watch(self._q, site, self._look), site.address)
+        elif site.kind is Kind.NEXT:
+            self.unicorn.hook_code(lambda: self._behind(site), site.address)
         else:
             self.unicorn.hook_code(lambda: self._look(site), site.address)
+
+    def _behind(self, site: Site) -> None:
+        """Execution gets to where a bus lock may just have been taken."""
+        if self._pending is not None and not self.stepping:
+            self._why = Why.LOCKED
+            self.unicorn.stop()
+        elif site.kind is not Kind.NEXT:
+            self._look(site)
 
     def _look(self, site: Site) -> None:
         if self.stepping:
@@ -244,9 +254,9 @@ class X86Vm:
 
     def _expect(self, site: Site) -> None:
         """The instruction is about to take a bus lock; have somebody look behind it."""
-        following = self._sites.get(site.next)
+        following = self._sites.get(site.following)
         if following is None:
-            following = self._sites[site.next] = Site(site.next, Kind.NEXT)
+            following = self._sites[site.following] = Site(site.following, Kind.NEXT)
             self._hook(following)
             # Everything goes: the same code may be translated for other address spaces too.
             self._flush_code = True

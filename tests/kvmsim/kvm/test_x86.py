@@ -184,6 +184,40 @@ def test_a_bus_lock_in_ring_0_is_an_exit_only(start):
     assert debug.of(guest.vcpu).delivered == 0
 
 
+def test_an_in_is_complete_behind_a_run_that_does_not_enter(start):
+    guest = start(INTEL, "e4 81", HLT)
+    assert guest.run() == Exit.IO
+    guest.vcpu.run.memory[4096] = 0x99
+    guest.vcpu.run.immediate_exit = 1
+    with pytest.raises(KvmError):
+        guest.vcpu.kvm_run(0)
+    assert (guest.regs("rax"), guest.regs("rip")) == (0x99, CODE + 2)
+    guest.vcpu.run.immediate_exit = 0
+    assert guest.run() == Exit.HLT
+    assert guest.regs("rax") == 0x99
+
+
+def test_an_in_whose_rip_was_moved_is_not_completed(start):
+    guest = start(INTEL, "e4 81", HLT)
+    assert guest.run() == Exit.IO
+    guest.vcpu.run.memory[4096] = 0x99
+    guest.set_regs(rip=CODE + 2)
+    assert guest.run() == Exit.HLT
+    assert guest.regs("rax") == 0
+
+
+def test_read_modify_write_of_a_device_is_two_exits(start):
+    guest = start(INTEL, "83 07 05", HLT)  # add dword [rdi], 5
+    guest.word(TABLES + 3 * 4096 + 8 * 8, 0xFED00007)
+    guest.set_regs(rdi=DATA)
+    assert guest.run() == Exit.MMIO
+    assert guest.vcpu.run.memory[52] == 0
+    guest.vcpu.run.memory[40:44] = b"\x02\0\0\0"
+    assert guest.run() == Exit.MMIO
+    assert bytes(guest.vcpu.run.memory[40:53]) == b"\x07" + bytes(7) + b"\x04\0\0\0\x01"
+    assert guest.run() == Exit.HLT
+
+
 def test_a_signal_leaves_the_guest_where_it_goes_on(start):
     guest = start(INTEL, "ff c3", "90", HLT)
     guest.vcpu.kvm_run(0)
