@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from kvmsim.abi.structs import MSR_IA32_DEBUGCTL
 from kvmsim.engine.x86 import registers as r
-from kvmsim.engine.x86.delivery import DB, Event
+from kvmsim.engine.x86.delivery import BP, DB, NMI, OF, Event
 from kvmsim.engine.x86.guest import X86Guest
 from kvmsim.engine.x86.vm import X86Vm
-from kvmsim.kvm import cpuid, debug, sregs
+from kvmsim.kvm import cpuid, debug, events, sregs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -145,6 +145,7 @@ class VcpuRegisters:
                 registers.q[number] = value
             registers.rip, registers.flags = rip, flags
         cpu.cr8 = vcpu.cr8
+        cpu.wants_window = bool(vcpu.run.request_interrupt_window)
         self._load_debug(cpu)
 
     def _load_debug(self, cpu: Cpu) -> None:
@@ -158,6 +159,18 @@ class VcpuRegisters:
         if state.delivered != self._delivered:
             self._delivered = state.delivered
             cpu.queue(Event(DB))
+
+    def deliver(self, cpu: Cpu) -> None:
+        """See ``RegisterFile``. A #DB goes by way of the debug state."""
+        state = events.of(self._vcpu)
+        exception = state.exception
+        if (exception.pending or exception.injected) and exception.vector != DB:
+            software = exception.vector in {BP, OF}
+            cpu.queue(Event(exception.vector, exception.error_code or 0, software=software))
+        if state.nmi_injected or state.nmi_pending:
+            cpu.queue(Event(NMI, external=True))
+        if state.interrupt is not None:
+            cpu.interrupt = state.interrupt
 
     def store(self, cpu: Cpu) -> None:
         """See ``RegisterFile``."""

@@ -43,6 +43,7 @@ class Cpu:
         admitted: linear address of a locked instruction that may take its bus lock; -1: none. It
             holds for the next execution of that instruction (fault-like stops).
         single_step: stop with a #DB for user space behind every instruction.
+        interrupt: vector of an external interrupt that comes as soon as the guest takes it.
         wants_window: stop when the guest can take an interrupt.
         guest_ns: guest time it has executed.
         bus_locks: bus locks its guest has taken.
@@ -62,6 +63,7 @@ class Cpu:
         self.events: list[Event] = []
         self.admitted = -1
         self.single_step = False
+        self.interrupt: int | None = None
         self.wants_window = False
         self.guest_ns = 0
         self.bus_locks = 0
@@ -111,7 +113,7 @@ class Cpu:
     def queue(self, event: Event) -> None:
         """Deliver an event at the next entry, before anything else is executed.
 
-        An external interrupt is for the caller to hold back until :attr:`interruptible`.
+        Not for external interrupts, which may have to wait: see :attr:`interrupt`.
         """
         self.events.append(event)
 

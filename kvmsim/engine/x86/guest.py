@@ -23,6 +23,9 @@ class RegisterFile(Protocol):
     def load(self, cpu: Cpu) -> None:
         """Put what was changed since the last stop into the emulator, RIP among it."""
 
+    def deliver(self, cpu: Cpu) -> None:
+        """Queue the exceptions and interrupts that wait in KVM."""
+
     def store(self, cpu: Cpu) -> None:
         """Take all registers out of the emulator."""
 
@@ -49,6 +52,10 @@ class X86Guest:
         self._file.store(self.cpu)
         self._rip = self.cpu.registers.rip
         return stop
+
+    def deliver_events(self) -> None:
+        """KVM is about to deliver what waits: the guest gets it at the next entry."""
+        self._file.deliver(self.cpu)
 
     def settle(self, vcpu: GuestVcpu) -> None:
         """Finish the instruction of the last stop with what user space answered.

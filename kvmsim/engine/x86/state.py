@@ -42,6 +42,7 @@ class CpuState:
         tsc: time stamp counter.
         shadow: interrupts are held off for one instruction.
         events: what waits for delivery.
+        interrupt: see ``Cpu.interrupt``.
         admitted: see ``Cpu.admitted``.
     """
 
@@ -62,6 +63,7 @@ class CpuState:
     tsc: int
     shadow: bool
     events: tuple[Event, ...]
+    interrupt: int | None
     admitted: int
 
 
@@ -93,6 +95,7 @@ def save(cpu: Cpu) -> CpuState:
         tsc=cpu.tsc,
         shadow=registers.shadow,
         events=tuple(cpu.events),
+        interrupt=cpu.interrupt,
         admitted=cpu.admitted,
     )
 
@@ -122,5 +125,6 @@ def restore(cpu: Cpu, state: CpuState) -> None:
     registers.shadow = state.shadow
     cpu.abandon()
     cpu.events[:] = state.events
+    cpu.interrupt = state.interrupt
     cpu.admitted = state.admitted
     cpu.changed()

@@ -228,7 +228,10 @@ class X86Vm:
             self._stop(Why.SITE)
 
     def _window_asked(self, site: Site) -> bool:
-        return site.kind is Kind.WINDOW and self._current is not None and self._current.wants_window
+        cpu = self._current
+        if site.kind is not Kind.WINDOW or cpu is None:
+            return False
+        return cpu.wants_window or cpu.interrupt is not None
 
     def _look_at_lock(self, site: Site) -> None:
         assert site.locate is not None
@@ -420,7 +423,10 @@ class X86Vm:
                 return stop
 
     def _deliver(self, cpu: Cpu) -> Stop | None:
-        """Deliver what is queued; the stop of a debugger or a VMM that waits for a window."""
+        """Deliver what is queued; the stop of a VMM that waits for a window."""
+        if cpu.interrupt is not None and cpu.interruptible:
+            cpu.queue(Event(cpu.interrupt, external=True))
+            cpu.interrupt = None
         while cpu.events:
             event = cpu.events.pop(0)
             source = cpu.registers.linear_rip - event.length

@@ -8,7 +8,7 @@ import pytest
 from kvmsim.abi.exits import Exit
 from kvmsim.abi.structs import KVM_REGS
 from kvmsim.errors import KvmError
-from kvmsim.kvm import cpuid, debug, sregs
+from kvmsim.kvm import cpuid, debug, events, sregs
 from kvmsim.kvm.client import LocalClient
 from kvmsim.kvm.vm import KvmEnableCap
 
@@ -40,6 +40,7 @@ class Guest:
         for page in range(512):
             self.word(TABLES + 3 * 4096 + page * 8, page * 4096 | 7)
         self.word(0x3008, 0x00AF9B000000FFFF)
+        self.word(0x3010, 0x00CF93000000FFFF)
         self.word(0x3018, 0x00AFFB000000FFFF)
         self.word(0x3020, 0x00CFF3000000FFFF)
         self.word(0x5004, STACK - 0x400)
@@ -215,6 +216,27 @@ def test_read_modify_write_of_a_device_is_two_exits(start):
     guest.vcpu.run.memory[40:44] = b"\x02\0\0\0"
     assert guest.run() == Exit.MMIO
     assert bytes(guest.vcpu.run.memory[40:53]) == b"\x07" + bytes(7) + b"\x04\0\0\0\x01"
+    assert guest.run() == Exit.HLT
+
+
+def test_an_interrupt_of_user_space_reaches_the_handler(start):
+    guest = start(INTEL, "fb", HLT, "90", HLT)
+    guest.word(IDT + 0x30 * 16, 0x2000 | 8 << 16 | 0x8E00 << 32)
+    guest.put(0x2000, "ff c3", "48 cf")
+    assert guest.run() == Exit.HLT
+    assert guest.vcpu.run.if_flag == 1
+    events.of(guest.vcpu).interrupt = 0x30
+    debug.of(guest.vcpu).queued = True
+    assert guest.run() == Exit.HLT
+    assert (guest.regs("rbx"), guest.regs("rip")) == (1, CODE + 4)
+
+
+def test_user_space_hears_of_the_interrupt_window(start):
+    guest = start(INTEL, "90", "fb", "90", "90", HLT)
+    guest.vcpu.run.request_interrupt_window = 1
+    assert guest.run() == Exit.IRQ_WINDOW_OPEN
+    assert guest.regs("rip") == CODE + 3
+    guest.vcpu.run.request_interrupt_window = 0
     assert guest.run() == Exit.HLT
 
 

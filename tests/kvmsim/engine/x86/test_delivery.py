@@ -163,9 +163,28 @@ def test_an_external_interrupt_comes_when_the_guest_is_entered(guest):
     guest.q[r.RBX] = 0
     assert isinstance(guest.run(), Hlt)
     assert guest.cpu.interruptible
-    guest.cpu.queue(Event(0x30, external=True))
+    guest.cpu.interrupt = 0x30
     assert isinstance(guest.run(), Hlt)
     assert (guest.q[r.RBX], guest.r.rip) == (1, CODE + 3)
+
+
+def test_an_interrupt_waits_for_the_guest_to_allow_it(guest):
+    guest.long("90", "90", "fb", "ff c2", "f4").gate(0x30, HANDLER)
+    guest.put(HANDLER, "89 d3", "48 cf")  # mov ebx, edx; iretq
+    guest.q[r.RDX] = 7
+    guest.cpu.interrupt = 0x30
+    assert isinstance(guest.run(), Hlt)
+    # One instruction behind STI is executed first.
+    assert (guest.q[r.RBX], guest.q[r.RDX]) == (8, 8)
+
+
+def test_an_nmi_does_not_wait(guest):
+    guest.long("90", HLT).gate(2, HANDLER)
+    guest.put(HANDLER, "ff c3", "48 cf")
+    guest.q[r.RBX] = 0
+    guest.cpu.queue(Event(2, external=True))
+    assert isinstance(guest.run(), Hlt)
+    assert guest.q[r.RBX] == 1
 
 
 def test_the_interrupt_window_opens_behind_the_shadow_of_sti(guest):

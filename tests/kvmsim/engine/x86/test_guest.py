@@ -22,6 +22,9 @@ class Rip:
     def load(self, cpu):
         cpu.registers.rip = self.vcpu.rip
 
+    def deliver(self, cpu):
+        cpu.interrupt = 0x30
+
     def store(self, cpu):
         self.vcpu.rip = cpu.registers.rip
 
@@ -82,3 +85,13 @@ def test_leave_to_lock_ends_when_user_space_goes_elsewhere(start):
     vcpu.rip = CODE + 3
     assert isinstance(engine.next_stop(vcpu), BusLock)
     assert (vcpu.rip, guest.word(DATA + 62)) == (CODE, 0)
+
+
+def test_events_of_kvm_reach_the_guest(start):
+    guest, vcpu, engine = start("fb", "90", "90", HLT)
+    guest.gate(0x30, 0x2000)
+    guest.put(0x2000, "ff c3", "48 cf")
+    guest.q[r.RBX] = 0
+    engine.deliver_events()
+    assert isinstance(engine.next_stop(vcpu), Hlt)
+    assert guest.q[r.RBX] == 1
