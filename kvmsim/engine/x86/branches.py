@@ -7,7 +7,7 @@ function per block.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86.backend import CODE_CALLBACK
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from kvmsim.engine.x86.vm import X86Vm
 
 BYTES_PER_CYCLE = 4
+
+#: Address and kind of the branch a block ends with; None: it does not end with one.
+_End: TypeAlias = tuple[int, d.Branch] | None
 
 
 class BranchFeed:
@@ -31,7 +34,8 @@ class BranchFeed:
         self._hook: int | None = None
         self._block: tuple[int, int] | None = None
         self._cpu: Cpu | None = None
-        self._ends: dict[tuple[int, int, bytes], tuple[int, d.Branch] | None] = {}
+        self._ends: dict[tuple[int, int], _End] = {}
+        self._ambiguous: set[tuple[int, int]] = set()
         self._recorded_at = 0
 
     def watch(self, cpu: Cpu) -> None:
@@ -43,6 +47,9 @@ class BranchFeed:
         self._block = None
         if on and self._hook is None:
             self._hook = self._vm.unicorn.hook_block(CODE_CALLBACK(self._entered))
+            # Every block is translated again, and its end noted then.
+            self._ends.clear()
+            self._ambiguous.clear()
             self._vm.unicorn.flush_code()
         elif not on and self._hook is not None:
             self._vm.unicorn.unhook(self._hook)
@@ -57,6 +64,16 @@ class BranchFeed:
         linear_rip = self._vm.linear_rip
         if not block[0] <= linear_rip <= block[0] + block[1]:
             self._left(block, linear_rip)
+
+    def made(self, address: int, code: bytes) -> None:
+        """A block was translated: note how it ends."""
+        if self._hook is None:
+            return
+        key = (address, len(code))
+        end = self._decode_end(code, address)
+        if self._ends.setdefault(key, end) != end:
+            # The same address in another address space, or changed code.
+            self._ambiguous.add(key)
 
     def far(self, source: int, target: int) -> None:
         """The engine itself moved the guest: an exception, an interrupt, SYSCALL."""
@@ -82,16 +99,14 @@ class BranchFeed:
         self._recorded_at = used
         cpu.lbr.branch(source, target, kind, cpu.registers.cpl, cycles=cycles)
 
-    def _end_of(self, block: tuple[int, int]) -> tuple[int, d.Branch] | None:
-        """Address and kind of the branch a block ends with; None: it does not end with one."""
+    def _end_of(self, block: tuple[int, int]) -> _End:
+        """How a block ends."""
+        if block in self._ends and block not in self._ambiguous:
+            return self._ends[block]
         address, size = block
-        code = self._vm.read_code(address, size)
-        key = (address, size, code)
-        if key not in self._ends:
-            self._ends[key] = self._decode_end(code, address)
-        return self._ends[key]
+        return self._decode_end(self._vm.read_code(address, size), address)
 
-    def _decode_end(self, code: bytes, address: int) -> tuple[int, d.Branch] | None:
+    def _decode_end(self, code: bytes, address: int) -> _End:
         at = last = 0
         found = None
         while at < len(code):

@@ -314,6 +314,7 @@ class X86Vm:
 
     def _on_block_made(self, address: int, size: int) -> None:
         code = self.read_code(address, size)
+        self._branches.made(address, code)
         met = any(at in self._sites for at in range(address, address + size))
         if not met and not d.INTERESTING.search(code):
             return

@@ -118,6 +118,27 @@ def test_repeated_string_instructions_are_no_branches(guest):
     assert taken(guest) == []
 
 
+def test_one_address_in_two_address_spaces_keeps_its_own_branches(guest):
+    guest.long("90", "eb 01", "90", HLT)  # jmp at 1001
+    guest.put(0x2000, "eb 02", "90 90", HLT)  # jmp at 1000
+    for gpa, expected in ((CODE, 0x1001), (0x2000, 0x1000), (CODE, 0x1001), (0x2000, 0x1000)):
+        guest.map_page(CODE, gpa)
+        guest.r.rip = CODE
+        guest.cpu.lbr.reset()
+        assert isinstance(guest.run(), Hlt)
+        assert taken(guest) == [(expected, CODE + 4)]
+
+
+def test_changed_code_branches_where_it_does_now(guest):
+    guest.long("90", "eb 01", "90", HLT)
+    assert isinstance(guest.run(), Hlt)
+    guest.put(CODE, "eb 02 90")
+    guest.r.rip = CODE
+    guest.cpu.lbr.reset()
+    assert isinstance(guest.run(), Hlt)
+    assert taken(guest) == [(CODE, CODE + 4)]
+
+
 def test_the_guest_turns_its_records_on_and_reads_them(guest):
     guest.cpu.lbr.enabled = False
     enable = ("b9 d9 01 00 00", "b8 01 00 00 00", "31 d2", "0f 30")

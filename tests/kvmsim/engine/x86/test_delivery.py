@@ -245,3 +245,86 @@ def test_syscall_and_sysret(guest):
     assert isinstance(guest.run(), Hlt)
     assert guest.q[r.RBX] == CODE + 2
     assert frame(guest, 2) == [CODE + 3, 0x23]
+
+
+def virtual_8086(guest, *code):
+    """A task in virtual-8086 mode at 0100:0000, stack 0200:0100, all port rights."""
+    guest.protected()
+    guest.put(CODE, *code)
+    for number, selector in ((r.CS, 0x100), (r.SS, 0x200), (r.DS, 0x300), (r.ES, 0x400)):
+        rights = r.RIGHTS_P | 3 << 13 | r.RIGHTS_S | 3 << 8
+        guest.r.set_segment(number, r.Segment(selector, selector << 4, 0xFFFF, rights))
+    guest.r.flags = r.FLAG_VM | 3 << r.FLAG_IOPL_SHIFT | r.FLAG_IF | 2
+    guest.r.rip, guest.q[r.RSP] = 0, 0x100
+    return guest
+
+
+def test_virtual_8086_mode_goes_to_ring_0_with_all_its_segments(guest):
+    virtual_8086(guest, "cd 80", "0f 0b").gate(0x80, HANDLER, dpl=3)
+    guest.put(HANDLER, HLT)
+    assert isinstance(guest.run(), Hlt)
+    eip, cs, flags, esp, ss, es, ds, _fs, _gs = frame(guest, 9, 4)
+    assert (eip, cs, esp, ss, es, ds) == (2, 0x100, 0x100, 0x200, 0x400, 0x300)
+    assert flags & r.FLAG_VM
+    assert not guest.r.flags & (r.FLAG_VM | r.FLAG_IF)
+    assert (guest.r.cpl, guest.r.segment(r.DS).selector) == (0, 0)
+
+
+def test_virtual_8086_mode_is_entered_again_by_iret(guest):
+    virtual_8086(guest, "cd 80", "b4 07", "cd 81").gate(0x80, HANDLER, dpl=3)
+    guest.gate(0x81, 0x2100, dpl=3)
+    guest.put(HANDLER, "cf")
+    guest.put(0x2100, HLT)
+    assert isinstance(guest.run(), Hlt)
+    assert guest.q[r.RAX] == 0x700
+    assert frame(guest, 2, 4) == [6, 0x100]
+
+
+def test_virtual_8086_mode_may_not_enter_ring_3(guest):
+    virtual_8086(guest, "cd 80").gate(13, HANDLER)
+    guest.set_word(0x4000 + 0x80 * 8, HANDLER & 0xFFFF | 0x18 << 16 | 0xEE00 << 32)
+    guest.put(HANDLER, HLT)
+    assert isinstance(guest.run(), Hlt)
+    assert frame(guest, 2, 4) == [0x18, 0]
+
+
+def test_a_16_bit_gate_pushes_words(guest):
+    guest.protected("0f 0b").gate(6, HANDLER, kind=6)
+    guest.put(HANDLER, HLT)
+    assert isinstance(guest.run(), Hlt)
+    assert guest.q[r.RSP] == STACK - 6
+    assert frame(guest, 2, 2) == [CODE, 0x08]
+
+
+def test_a_trap_gate_leaves_interrupts_on(guest):
+    guest.long("fb", "90", "0f 0b").gate(6, HANDLER, kind=0xF)
+    guest.put(HANDLER, HLT)
+    assert isinstance(guest.run(), Hlt)
+    assert guest.r.flags & r.FLAG_IF
+
+
+def test_a_gate_that_is_not_present_is_a_fault_of_its_own(guest):
+    guest.long("cd 80").gate(11, HANDLER)
+    guest.set_word(0x4000 + 0x80 * 16, 0x08 << 16 | 0x0E00 << 32)
+    guest.put(HANDLER, HLT)
+    assert isinstance(guest.run(), Hlt)
+    assert frame(guest, 2) == [0x80 * 8 + 2, CODE]
+
+
+def test_an_inner_stack_that_is_not_writable_is_an_invalid_task(guest):
+    guest.protected("cd 80", ring=3).gate(0x80, HANDLER, dpl=3).gate(10, HANDLER)
+    guest.set_word(0x5004, INNER | 0x08 << 32)  # SS0 is a code segment
+    guest.put(HANDLER, HLT)
+    # #TS needs the same stack: #DF, and the end.
+    assert isinstance(guest.run(), Shutdown)
+
+
+def test_sysenter_and_sysexit(guest):
+    guest.long("0f 34", "0f 0b", ring=3).gate(6, 0x2100)
+    guest.put(HANDLER, "48 0f 35")  # sysexit: RIP from RDX, RSP from RCX
+    guest.put(0x2100, HLT)
+    for index, value in ((0x174, 0x08), (0x175, INNER), (0x176, HANDLER)):
+        guest.r.set_msr(index, value)
+    guest.q[r.RDX], guest.q[r.RCX] = CODE + 2, 0x5F00
+    assert isinstance(guest.run(), Hlt)
+    assert frame(guest, 4) == [CODE + 2, 0x2B, guest.word(guest.q[r.RSP] + 16, 8), 0x5F00]
