@@ -55,7 +55,7 @@ _ARCH_X86, _MODE_64 = 4, 8
 _CTL_USE_EXITS, _CTL_CPU_MODEL, _CTL_REMOVE_CACHE, _CTL_FLUSH_TB = 4, 7, 9, 10
 _CTL_FLUSH_TLB, _CTL_TCG_BUFFER = 11, 13
 _CPU_SKYLAKE_SERVER = 22
-_TCG_BUFFER_BYTES = 4 << 20
+CODE_BYTES = 4 << 20
 _CPU_SEARCH_BYTES = 8192
 _ENV_SEARCH_BYTES = 128 << 10
 
@@ -126,13 +126,17 @@ class BackendError(Exception):
 class Unicorn:
     """One instance of the emulator.
 
+    Args:
+        code_bytes: room for translated code; when it is full, translation begins anew. With 1 MiB
+            an instance that has run takes 1 MB of memory, with 2 MiB or more 3 MB.
+
     Attributes:
         env: its CPU's state, in place, by bytes.
         q: the same by 64-bit words.
         d: the same by 32-bit words.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, code_bytes: int = CODE_BYTES) -> None:
         lib = self._lib = load()
         # Called from hooks on every locked instruction: no lookups on the way.
         self._start = lib.uc_emu_start
@@ -150,7 +154,7 @@ class Unicorn:
         self._keep: list[Any] = []
         self._mmio_callbacks: dict[int, Any] = {}
         self._ctl(_CTL_CPU_MODEL, _CPU_SKYLAKE_SERVER)
-        self._ctl(_CTL_TCG_BUFFER, _TCG_BUFFER_BYTES)
+        self._ctl(_CTL_TCG_BUFFER, code_bytes)
         self._ctl(_CTL_USE_EXITS, 1)
         address = self._find_env()
         buffer = (ctypes.c_char * ENV_BYTES).from_address(address)

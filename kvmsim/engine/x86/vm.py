@@ -28,7 +28,7 @@ from kvmsim.engine.base import BusLock, Debug, InKernel, InternalError, IrqWindo
 from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86 import delivery, instructions, mmio, paging, sites
 from kvmsim.engine.x86 import registers as r
-from kvmsim.engine.x86.backend import Unicorn
+from kvmsim.engine.x86.backend import CODE_BYTES, Unicorn
 from kvmsim.engine.x86.branches import BranchFeed
 from kvmsim.engine.x86.cpu import Cpu
 from kvmsim.engine.x86.delivery import AC, DB, UD, Event, Fault, TripleFault, Unsupported
@@ -75,18 +75,24 @@ class X86Vm:
         slice_bytes: bytes of code a vCPU executes at most before it stops for no other reason. It
             must be more than any block of the guest's has, or the guest gets nowhere; a page is
             enough.
+        code_bytes: room for translated code; see ``Unicorn``.
 
     Raises:
         ConfigError: Unicorn is not there, or another release.
     """
 
     def __init__(
-        self, slots: list[Slot], policy: Policy, *, slice_bytes: int = SLICE_BYTES
+        self,
+        slots: list[Slot],
+        policy: Policy,
+        *,
+        slice_bytes: int = SLICE_BYTES,
+        code_bytes: int = CODE_BYTES,
     ) -> None:
         self.policy = policy
         self.memory = Memory(slots)
         self.slice_bytes = slice_bytes
-        self.unicorn = Unicorn()
+        self.unicorn = Unicorn(code_bytes)
         self._blank = bytes(self.unicorn.env)
         self._live = r.Registers(self.unicorn.env)
         self._q = self._live.q

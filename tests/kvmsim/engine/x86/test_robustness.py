@@ -139,3 +139,15 @@ def test_read_only_memory_is_executed_and_its_writes_go_out(make_guest):
     assert isinstance(vm.run(cpu), Hlt)
     assert rom[0x80] == 0
     vm.close()
+
+
+def test_more_code_than_there_is_room_for_is_translated_again(make_guest):
+    guest = make_guest(code_bytes=1 << 20)
+    # 14,000 blocks, each: inc ebx; jmp to the next. Three times over.
+    guest.long()
+    body = "ff c3 eb 00" * 14_000
+    end = guest.put(0x20000, body, "ff c9", "74 05", "e9 00 00 00 00", HLT)
+    guest.set_word(end - 5, (0x20000 - (end - 1)) & r.U32, 4)
+    guest.q[r.RBX], guest.q[r.RCX], guest.r.rip = 0, 3, 0x20000
+    assert isinstance(guest.run(), Hlt)
+    assert guest.q[r.RBX] == 42_000
