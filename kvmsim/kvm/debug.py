@@ -197,6 +197,10 @@ def _deliver_queued(vcpu: Vcpu, debug: GuestDebug) -> int | None:
     if state.triple_fault:
         state.triple_fault = False
         return exits.shutdown(vcpu)
+    # An engine with code of its own has handlers for them.
+    deliver_events = getattr(vcpu.engine, "deliver_events", None)
+    if deliver_events is not None:
+        deliver_events()
     arrived = state.delivered()
     if arrived is not None and arrived.vector == DB_VECTOR:
         apply_payload(vcpu, arrived)

@@ -372,3 +372,8 @@ def _complete(vcpu: Vcpu) -> None:
         exits.complete_io(vcpu, stop)
     elif isinstance(stop, Mmio):
         exits.complete_mmio(vcpu, stop)
+    # An engine with an instruction in the middle ends it now, not at entry: user space may look at
+    # the registers in between.
+    settle = getattr(vcpu.engine, "settle", None)
+    if settle is not None:
+        settle(vcpu)

@@ -1,0 +1,187 @@
+"""One vCPU of a guest of real code: its state, what waits for it, and what it owes user space."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmsim.engine.x86 import registers as r
+from kvmsim.engine.x86.delivery import Linear
+from kvmsim.engine.x86.paging import PAT_RESET, Mtrrs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmsim.engine.base import Stop
+    from kvmsim.engine.x86.delivery import Event
+    from kvmsim.engine.x86.lbr import LastBranches
+    from kvmsim.engine.x86.memory import Memory
+    from kvmsim.engine.x86.policy import Policy
+    from kvmsim.engine.x86.vm import X86Vm
+
+CR0_RESET = 0x6000_0010
+DR6_RESET, DR7_RESET = 0xFFFF_0FF0, 0x400
+_CODE_RESET = r.RIGHTS_P | r.RIGHTS_S | 0xB << 8
+_DATA_RESET = r.RIGHTS_P | r.RIGHTS_S | 3 << 8
+
+
+class Cpu:
+    """One vCPU.
+
+    Args:
+        vm: its VM.
+        blank: state of the emulator's CPU before anything ran.
+
+    Attributes:
+        vm: its VM.
+        policy: of its VM.
+        memory: guest-physical memory.
+        registers: its registers, wherever they are. After changing what address translation uses,
+            call :meth:`changed`.
+        mtrrs: memory types by address.
+        cr8: task priority.
+        xcr0: enabled extended state.
+        admitted: linear address of a locked instruction that may take its bus lock; -1: none. It
+            holds for the next execution of that instruction (fault-like stops).
+        single_step: stop with a #DB for user space behind every instruction.
+        interrupt: vector of an external interrupt that comes as soon as the guest takes it.
+        wants_window: stop when the guest can take an interrupt.
+        guest_ns: guest time it has executed.
+        bus_locks: bus locks its guest has taken.
+        lbr: last-branch records, fed while they are enabled; None: the vCPU has none.
+    """
+
+    def __init__(self, vm: X86Vm, blank: bytes) -> None:
+        self.vm = vm
+        self.policy: Policy = vm.policy
+        self.memory: Memory = vm.memory
+        self.saved = bytearray(blank)
+        self.registers = r.Registers(memoryview(self.saved))
+        self.linear = Linear(self.registers, self.memory)
+        self.mtrrs = Mtrrs.reset()
+        self.cr8 = 0
+        self.xcr0 = 1
+        self.events: list[Event] = []
+        self.admitted = -1
+        self.single_step = False
+        self.interrupt: int | None = None
+        self.wants_window = False
+        self.guest_ns = 0
+        self.bus_locks = 0
+        self.lbr: LastBranches | None = None
+        self.stops: list[Stop] = []
+        self._tsc_offset = 0
+        self._completion: Callable[[bytes], None] | None = None
+        self.reset()
+
+    def use(self, registers: r.Registers) -> None:
+        """Its state is elsewhere from now on: in the emulator, or saved."""
+        self.registers = registers
+        self.linear = Linear(registers, self.memory)
+
+    def use_saved(self) -> None:
+        """Its state is the saved copy."""
+        self.use(r.Registers(memoryview(self.saved)))
+
+    def reset(self) -> None:
+        """Power-on state (SDM volume 3, table 10-1), as KVM has it."""
+        registers = self.registers
+        for number in range(16):
+            registers.q[number] = 0
+        registers.q[r.RDX] = 0x600
+        registers.rip = 0xFFF0
+        registers.efer = 0
+        registers.cr2 = registers.cr3 = registers.cr4 = 0
+        registers.cr0 = CR0_RESET
+        registers.flags = 2
+        registers.set_segment(r.CS, r.Segment(0xF000, 0xFFFF_0000, 0xFFFF, _CODE_RESET))
+        for number in (r.ES, r.SS, r.DS, r.FS, r.GS):
+            registers.set_segment(number, r.Segment(0, 0, 0xFFFF, _DATA_RESET))
+        registers.set_segment(r.LDTR, r.Segment(0, 0, 0xFFFF, r.RIGHTS_P | 2 << 8))
+        registers.set_segment(r.TR, r.Segment(0, 0, 0xFFFF, r.RIGHTS_P | 0xB << 8))
+        registers.set_segment(r.GDTR, r.Segment())
+        registers.set_segment(r.IDTR, r.Segment())
+        for number in range(4):
+            registers.set_debug(number, 0)
+        registers.set_debug(6, DR6_RESET)
+        registers.set_debug(7, DR7_RESET)
+        registers.set_msr(0x277, PAT_RESET)
+        registers.shadow = False
+        self.changed()
+
+    # -- events --------------------------------------------------------------------------------
+
+    def queue(self, event: Event) -> None:
+        """Deliver an event at the next entry, before anything else is executed.
+
+        Not for external interrupts, which may have to wait: see :attr:`interrupt`.
+        """
+        self.events.append(event)
+
+    @property
+    def interruptible(self) -> bool:
+        """Whether an external interrupt would be taken now."""
+        registers = self.registers
+        return bool(registers.flags & r.FLAG_IF) and not registers.shadow and not self.events
+
+    # -- completion ----------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> bool:
+        """Whether the last stop waits for :meth:`complete`."""
+        return self._completion is not None
+
+    def on_completion(self, function: Callable[[bytes], None]) -> None:
+        """What is to be done when user space has answered."""
+        self._completion = function
+
+    def complete(self, data: bytes = b"") -> None:
+        """User space has done its part of the last stop: the instruction ends.
+
+        Args:
+            data: what an IN or an MMIO read brought.
+        """
+        function, self._completion = self._completion, None
+        if function is not None:
+            self.vm.load(self)
+            function(data)
+
+    def abandon(self) -> None:
+        """User space went elsewhere: the instruction of the last stop is not completed."""
+        self._completion = None
+        self.stops.clear()
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """Control registers or EFER were set from outside the guest."""
+        self.vm.translation_changed()
+
+    def mapping_changed(self) -> None:
+        """Memory types changed."""
+        self.vm.forget_types()
+
+    @property
+    def tsc(self) -> int:
+        """Time stamp counter: guest time in cycles, and an offset."""
+        return (self.guest_ns * self.policy.tsc_khz // 1_000_000 + self._tsc_offset) & r.U64
+
+    @tsc.setter
+    def tsc(self, value: int) -> None:
+        self._tsc_offset = value - self.guest_ns * self.policy.tsc_khz // 1_000_000
+
+    def set_general(self, number: int, value: int, size: int) -> None:
+        """Write a general register as an instruction of that operand size does."""
+        self.set_masked(number, value, size * 8)
+
+    def set_masked(self, number: int, value: int, bits: int) -> None:
+        """Write the low bits of a register; 32 bits clear the upper half."""
+        q = self.registers.q
+        mask = (1 << bits) - 1
+        q[number] = value & mask if bits >= 32 else q[number] & ~mask & r.U64 | value & mask
+
+    def linear_address(self, segment: int, offset: int) -> int:
+        """Linear address of an offset in a segment."""
+        if self.registers.mode == 64:
+            base = self.registers.segment(segment).base if segment >= r.FS else 0
+            return (base + offset) & r.U64
+        return (self.registers.segment(segment).base + offset) & r.U32

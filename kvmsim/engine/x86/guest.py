@@ -1,0 +1,76 @@
+"""The engine KVM_RUN asks: real code between one stop and the next.
+
+A vCPU's registers have two homes: KVM's (what user space gets and sets) and the emulator's. They
+are the same at every stop. What connects them belongs to KVM and is given to the engine as a
+:class:`RegisterFile`.
+
+When a stop is returned, the guest has got there already; KVM lets ``after_ns`` pass and then acts
+on it. ``insn_len`` is 0 in every stop: RIP is where the kind of stop wants it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from kvmsim.engine.base import GuestVcpu, Stop
+    from kvmsim.engine.x86.cpu import Cpu
+
+
+class RegisterFile(Protocol):
+    """KVM's side of a vCPU's registers."""
+
+    def load(self, cpu: Cpu) -> None:
+        """Put what was changed since the last stop into the emulator, RIP among it."""
+
+    def deliver(self, cpu: Cpu) -> None:
+        """Queue the exceptions and interrupts that wait in KVM."""
+
+    def store(self, cpu: Cpu) -> None:
+        """Take all registers out of the emulator."""
+
+
+class X86Guest:
+    """The engine of one vCPU that executes real code.
+
+    Args:
+        cpu: the vCPU in the emulator.
+        file: the vCPU's registers in KVM.
+    """
+
+    __slots__ = ("_file", "_rip", "cpu")
+
+    def __init__(self, cpu: Cpu, file: RegisterFile) -> None:
+        self.cpu = cpu
+        self._file = file
+        self._rip = -1
+
+    def next_stop(self, vcpu: GuestVcpu) -> Stop:
+        """Execute up to the next stop."""
+        self.settle(vcpu)
+        stop = self.cpu.vm.run(self.cpu)
+        self._file.store(self.cpu)
+        self._rip = self.cpu.registers.rip
+        return stop
+
+    def deliver_events(self) -> None:
+        """KVM is about to deliver what waits: the guest gets it at the next entry."""
+        self._file.deliver(self.cpu)
+
+    def settle(self, vcpu: GuestVcpu) -> None:
+        """Finish the instruction of the last stop with what user space answered.
+
+        For whoever shows registers between KVM's completion of an exit and the next entry: a
+        KVM_RUN with ``immediate_exit`` completes and returns. Doing it again does nothing.
+        """
+        cpu = self.cpu
+        if vcpu.rip != self._rip:
+            # User space went elsewhere: neither the rest of an instruction nor the leave to take
+            # a bus lock is of any use there.
+            cpu.abandon()
+            cpu.admitted = -1
+        self._file.load(cpu)
+        if cpu.pending:
+            cpu.complete(vcpu.input)
+            self._file.store(cpu)
+        self._rip = cpu.registers.rip

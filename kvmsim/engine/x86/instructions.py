@@ -1,0 +1,347 @@
+"""Instructions the engine executes itself, because the emulator below does not stop at them.
+
+Each function gets the vCPU with RIP at the instruction. It returns None when the instruction is
+done and RIP past it, or a stop; it raises ``Fault`` for an exception, with nothing changed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmsim.engine.base import Hlt, Io
+from kvmsim.engine.x86 import registers as r
+from kvmsim.engine.x86.decode import DS, NONE
+from kvmsim.engine.x86.delivery import DB, GP, PF, UD, Event, Fault
+from kvmsim.engine.x86.msr import read_msr, write_msr
+from kvmsim.engine.x86.paging import PageFault, translate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmsim.engine.x86.cpu import Cpu
+    from kvmsim.engine.x86.decode import Instruction
+
+    Stop = Hlt | Io
+
+CR4_TSD, CR4_DE, CR4_PCE, CR4_OSXSAVE = 1 << 2, 1 << 3, 1 << 8, 1 << 18
+EFER_SCE = 1
+DR7_GD = 1 << 13
+DR6_BD = 1 << 13
+KVM_ENOSYS = -1000
+KVM_EPERM = -1
+XCR0_KNOWN = 0x7
+_FLAT_CODE = r.RIGHTS_G | r.RIGHTS_P | r.RIGHTS_S | 0xB << 8
+_FLAT_DATA = r.RIGHTS_G | r.RIGHTS_DB | r.RIGHTS_P | r.RIGHTS_S | 3 << 8
+
+
+def execute(cpu: Cpu, found: Instruction) -> Stop | None:
+    """Execute one sensitive instruction.
+
+    Raises:
+        Fault: the guest gets an exception.
+    """
+    opcode = found.opcode
+    if opcode == 0x0F01:
+        return _EXTENDED[found.modrm](cpu, found)
+    return _TABLE[opcode](cpu, found)
+
+
+def _require_ring_0(cpu: Cpu) -> None:
+    if cpu.registers.cpl:
+        raise Fault(GP)
+
+
+# -- ports -------------------------------------------------------------------------------------
+
+
+def _check_port(cpu: Cpu, port: int, size: int) -> None:
+    """I/O privilege and the permission bitmap of the task."""
+    registers = cpu.registers
+    level = registers.flags >> r.FLAG_IOPL_SHIFT & 3
+    virtual = bool(registers.flags & r.FLAG_VM)
+    if not registers.cr0 & 1 or (registers.cpl <= level and not virtual):
+        return
+    task = registers.segment(r.TR)
+    if not task.rights & 1 << 11 or task.limit < 103:
+        raise Fault(GP)
+    at = cpu.linear.word(task.base + 102, 2) + port // 8
+    if at + 1 > task.limit:
+        raise Fault(GP)
+    if cpu.linear.word(task.base + at, 2) >> port % 8 & (1 << size) - 1:
+        raise Fault(GP)
+
+
+def _port_size(found: Instruction) -> int:
+    if not found.opcode & 1:
+        return 1
+    return 2 if found.bits == 16 else 4
+
+
+def _in_out(cpu: Cpu, found: Instruction) -> Stop:
+    size = _port_size(found)
+    registers = cpu.registers
+    port = found.immediate if found.opcode < 0xE8 else registers.q[r.RDX] & 0xFFFF
+    _check_port(cpu, port, size)
+    if found.opcode & 2:
+        data = (registers.q[r.RAX] & (1 << 8 * size) - 1).to_bytes(size, "little")
+        cpu.on_completion(lambda _data: registers.advance(found.length))
+        return Io(port=port, size=size, data=data)
+
+    def took(data: bytes) -> None:
+        cpu.set_general(r.RAX, int.from_bytes(data[:size], "little"), size)
+        registers.advance(found.length)
+
+    cpu.on_completion(took)
+    return Io(port=port, size=size)
+
+
+def _string(cpu: Cpu, found: Instruction) -> Stop | None:
+    """INS and OUTS, one element at a time; RIP moves with the last."""
+    registers = cpu.registers
+    size = _port_size(found)
+    mask = (1 << found.address_bits) - 1
+    if found.repeat and not registers.q[r.RCX] & mask:
+        registers.advance(found.length)
+        return None
+    port = registers.q[r.RDX] & 0xFFFF
+    _check_port(cpu, port, size)
+    outwards = bool(found.opcode & 2)
+    index = r.RSI if outwards else r.RDI
+    number = r.ES if not outwards else DS if found.segment == NONE else found.segment
+    at = cpu.linear_address(number, registers.q[index] & mask)
+    user = registers.cpl == 3
+
+    def done() -> None:
+        step = -size if registers.flags & r.FLAG_DF else size
+        cpu.set_masked(index, registers.q[index] + step, found.address_bits)
+        left = 0
+        if found.repeat:
+            cpu.set_masked(r.RCX, registers.q[r.RCX] - 1, found.address_bits)
+            left = registers.q[r.RCX] & mask
+        if not left:
+            registers.advance(found.length)
+
+    if outwards:
+        data = cpu.linear.read(at, size, user=user)
+        cpu.on_completion(lambda _data: done())
+        return Io(port=port, size=size, data=data)
+    # Faults come before the port is read: reading may have an effect.
+    for place in {at, at + size - 1}:
+        try:
+            translate(registers, cpu.memory, place, write=True, user=user)
+        except PageFault as fault:
+            raise Fault(PF, fault.code, fault.address) from None
+
+    def took(data: bytes) -> None:
+        cpu.linear.write(at, data[:size].ljust(size, b"\0"), user=user)
+        done()
+
+    cpu.on_completion(took)
+    return Io(port=port, size=size)
+
+
+# -- the rest --------------------------------------------------------------------------------------
+
+
+def _hlt(cpu: Cpu, found: Instruction) -> Stop:
+    _require_ring_0(cpu)
+    cpu.registers.advance(found.length)
+    return Hlt()
+
+
+def _int1(cpu: Cpu, found: Instruction) -> None:
+    cpu.registers.advance(found.length)
+    cpu.queue(Event(DB))
+
+
+def _cpuid(cpu: Cpu, found: Instruction) -> None:
+    q = cpu.registers.q
+    answer = cpu.policy.cpuid(cpu, q[r.RAX] & r.U32, q[r.RCX] & r.U32)
+    for number, value in zip((r.RAX, r.RBX, r.RCX, r.RDX), answer, strict=True):
+        q[number] = value & r.U32
+    cpu.registers.advance(found.length)
+
+
+def _wide(cpu: Cpu, value: int) -> None:
+    """EDX:EAX."""
+    cpu.registers.q[r.RAX] = value & r.U32
+    cpu.registers.q[r.RDX] = value >> 32 & r.U32
+
+
+def _edx_eax(cpu: Cpu) -> int:
+    q = cpu.registers.q
+    return q[r.RAX] & r.U32 | (q[r.RDX] & r.U32) << 32
+
+
+def _rdtsc(cpu: Cpu, found: Instruction) -> None:
+    if cpu.registers.cr4 & CR4_TSD and cpu.registers.cpl:
+        raise Fault(GP)
+    _wide(cpu, cpu.tsc)
+    if found.opcode == 0x0F01:  # RDTSCP
+        cpu.registers.q[r.RCX] = (cpu.registers.msr(0xC0000103) or 0) & r.U32
+    cpu.registers.advance(found.length)
+
+
+def _rdpmc(cpu: Cpu, found: Instruction) -> None:
+    del cpu, found
+    raise Fault(GP)
+
+
+def _rdmsr(cpu: Cpu, found: Instruction) -> None:
+    _require_ring_0(cpu)
+    value = read_msr(cpu, cpu.registers.q[r.RCX] & r.U32)
+    if value is None:
+        raise Fault(GP)
+    _wide(cpu, value)
+    cpu.registers.advance(found.length)
+
+
+def _wrmsr(cpu: Cpu, found: Instruction) -> None:
+    _require_ring_0(cpu)
+    if not write_msr(cpu, cpu.registers.q[r.RCX] & r.U32, _edx_eax(cpu)):
+        raise Fault(GP)
+    cpu.registers.advance(found.length)
+
+
+def _nothing_in_ring_0(cpu: Cpu, found: Instruction) -> None:
+    """INVD, WBINVD: there is no cache."""
+    _require_ring_0(cpu)
+    cpu.registers.advance(found.length)
+
+
+def _monitor(cpu: Cpu, found: Instruction) -> None:
+    """MONITOR, MWAIT: nothing, as in KVM."""
+    if cpu.registers.cpl:
+        raise Fault(UD)
+    cpu.registers.advance(found.length)
+
+
+def _hypercall(cpu: Cpu, found: Instruction) -> None:
+    """VMCALL, VMMCALL: no hypercall is known."""
+    value = KVM_EPERM if cpu.registers.cpl else KVM_ENOSYS
+    cpu.registers.q[r.RAX] = value & (r.U64 if cpu.registers.mode == 64 else r.U32)
+    cpu.registers.advance(found.length)
+
+
+def _xgetbv(cpu: Cpu, found: Instruction) -> None:
+    if not cpu.registers.cr4 & CR4_OSXSAVE:
+        raise Fault(UD)
+    if cpu.registers.q[r.RCX] & r.U32:
+        raise Fault(GP)
+    _wide(cpu, cpu.xcr0)
+    cpu.registers.advance(found.length)
+
+
+def _xsetbv(cpu: Cpu, found: Instruction) -> None:
+    if not cpu.registers.cr4 & CR4_OSXSAVE:
+        raise Fault(UD)
+    _require_ring_0(cpu)
+    value = _edx_eax(cpu)
+    bad = value & ~XCR0_KNOWN or not value & 1 or value & 6 == 4
+    if cpu.registers.q[r.RCX] & r.U32 or bad:
+        raise Fault(GP)
+    cpu.xcr0 = value
+    cpu.registers.advance(found.length)
+
+
+def _mov_dr(cpu: Cpu, found: Instruction) -> None:
+    registers = cpu.registers
+    number = found.reg
+    if number > 7 or (number in {4, 5} and registers.cr4 & CR4_DE):
+        raise Fault(UD)
+    _require_ring_0(cpu)
+    if registers.debug(7) & DR7_GD:
+        registers.set_debug(6, registers.debug(6) | DR6_BD)
+        registers.set_debug(7, registers.debug(7) & ~DR7_GD)
+        raise Fault(DB)
+    number += 2 if number in {4, 5} else 0
+    mask = r.U64 if registers.mode == 64 else r.U32
+    if found.opcode == 0x0F21:
+        registers.q[found.rm] = registers.debug(number) & mask
+    else:
+        value = registers.q[found.rm] & mask
+        if number >= 6 and value > r.U32:
+            raise Fault(GP)
+        if number == 6:
+            value = cpu.policy.dr6_written(cpu, value)
+        elif number == 7:
+            value = value & 0xFFFF_2FFF | 1 << 10
+        registers.set_debug(number, value)
+    registers.advance(found.length)
+
+
+def _mov_cr8(cpu: Cpu, found: Instruction) -> None:
+    _require_ring_0(cpu)
+    if found.opcode == 0x0F20:
+        cpu.registers.q[found.rm] = cpu.cr8
+    else:
+        value = cpu.registers.q[found.rm]
+        if value > 15:
+            raise Fault(GP)
+        cpu.cr8 = value
+    cpu.registers.advance(found.length)
+
+
+def _syscall(cpu: Cpu, found: Instruction) -> None:
+    """SYSCALL in long mode; elsewhere Intel's processors have none."""
+    registers = cpu.registers
+    if not registers.efer & EFER_SCE or not registers.long_mode:
+        raise Fault(UD)
+    wide = registers.mode == 64
+    star = registers.msr(0xC0000081) or 0
+    flags = registers.flags
+    registers.advance(found.length)
+    registers.q[r.RCX] = registers.rip
+    registers.q[11] = flags & ~r.FLAG_RF
+    registers.rip = registers.msr(0xC0000082 if wide else 0xC0000083) or 0
+    registers.flags = flags & ~(registers.msr(0xC0000084) or 0) & ~r.FLAG_RF | 2
+    selector = star >> 32 & 0xFFFC
+    registers.set_segment(r.CS, r.Segment(selector, 0, r.U32, _FLAT_CODE | r.RIGHTS_L))
+    registers.set_segment(r.SS, r.Segment(selector + 8, 0, r.U32, _FLAT_DATA))
+
+
+def _sysenter(cpu: Cpu, found: Instruction) -> None:
+    del found
+    registers = cpu.registers
+    selector = (registers.msr(0x174) or 0) & 0xFFFC
+    if not registers.cr0 & 1 or not selector:
+        raise Fault(GP)
+    wide = registers.long_mode
+    mask = r.U64 if wide else r.U32
+    registers.flags &= ~(r.FLAG_IF | r.FLAG_VM | r.FLAG_RF)
+    rights = _FLAT_CODE | (r.RIGHTS_L if wide else r.RIGHTS_DB)
+    registers.set_segment(r.CS, r.Segment(selector, 0, r.U32, rights))
+    registers.set_segment(r.SS, r.Segment(selector + 8, 0, r.U32, _FLAT_DATA))
+    registers.q[r.RSP] = (registers.msr(0x175) or 0) & mask
+    registers.rip = (registers.msr(0x176) or 0) & mask
+    registers.shadow = False
+
+
+_TABLE: dict[int, Callable[[Cpu, Instruction], Stop | None]] = {
+    **dict.fromkeys((0xE4, 0xE5, 0xE6, 0xE7, 0xEC, 0xED, 0xEE, 0xEF), _in_out),
+    **dict.fromkeys((0x6C, 0x6D, 0x6E, 0x6F), _string),
+    0xF1: _int1,
+    0xF4: _hlt,
+    0x0F05: _syscall,
+    0x0F34: _sysenter,
+    0x0F08: _nothing_in_ring_0,
+    0x0F09: _nothing_in_ring_0,
+    0x0F20: _mov_cr8,
+    0x0F21: _mov_dr,
+    0x0F22: _mov_cr8,
+    0x0F23: _mov_dr,
+    0x0F30: _wrmsr,
+    0x0F31: _rdtsc,
+    0x0F32: _rdmsr,
+    0x0F33: _rdpmc,
+    0x0FA2: _cpuid,
+}
+_EXTENDED: dict[int, Callable[[Cpu, Instruction], Stop | None]] = {
+    0xC1: _hypercall,
+    0xC8: _monitor,
+    0xC9: _monitor,
+    0xD0: _xgetbv,
+    0xD1: _xsetbv,
+    0xD9: _hypercall,
+    0xF9: _rdtsc,
+}

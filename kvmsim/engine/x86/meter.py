@@ -1,0 +1,86 @@
+"""How far a vCPU may execute: a native counter at the start of every block.
+
+A callback in Python at every block would cost far more than most blocks, and stopping from another
+thread is not safe. On x86-64 hosts the callback is machine code in a page of its own; elsewhere, or
+where no memory may be executable, it is a Python function.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import platform
+from typing import TYPE_CHECKING
+
+from kvmsim.engine.x86.backend import CODE_CALLBACK
+
+if TYPE_CHECKING:
+    from kvmsim.engine.x86.backend import Callback, Unicorn
+
+#: (uc: rdi, address: rsi, size: edx, data: rcx); data: bytes left, kick flag, address of stop.
+_STUB = bytes.fromhex(
+    "89 d0"  # mov eax, edx
+    "48 29 01"  # sub [rcx], rax
+    "78 07"  # js stop
+    "83 79 08 00"  # cmp dword [rcx+8], 0
+    "75 01"  # jne stop
+    "c3"  # ret
+    "ff 61 10"  # stop: jmp [rcx+16]
+)
+
+
+class Meter:
+    """Counts bytes of code, and stops at the start of a block when they are used up.
+
+    Args:
+        unicorn: whose blocks.
+        native: use machine code; by default where the host can.
+    """
+
+    def __init__(self, unicorn: Unicorn, *, native: bool | None = None) -> None:
+        self._unicorn = unicorn
+        self._words = (ctypes.c_int64 * 3)(0, 0, unicorn.stop_address)
+        self._given = 0
+        self._page: mmap.mmap | None = None
+        callback = None if native is False else self._native()
+        if callback is None:
+            callback = CODE_CALLBACK(self._on_block)
+        unicorn.hook_block(callback, ctypes.addressof(self._words))
+
+    def _native(self) -> Callback | None:
+        if platform.machine() != "x86_64":
+            return None
+        protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+        try:
+            page = mmap.mmap(-1, mmap.PAGESIZE, prot=protection)
+        except OSError:
+            return None
+        page.write(_STUB)
+        self._page = page
+        return ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(page)))
+
+    def _on_block(self, _uc: int, _address: int, size: int, _data: int) -> None:
+        self._words[0] -= size
+        if self._words[0] < 0 or self._words[1]:
+            self._unicorn.stop()
+
+    def start(self, size_bytes: int) -> None:
+        """Allow so many bytes of code."""
+        self._given = self._words[0] = size_bytes
+        self._words[1] = 0
+
+    def charge(self, size_bytes: int) -> None:
+        """Count work that is not code."""
+        self._words[0] -= size_bytes
+
+    def kick(self) -> None:
+        """Stop at the start of the next block; from any thread."""
+        self._words[1] = 1
+
+    def used(self) -> int:
+        """Bytes of code entered since the start."""
+        return self._given - int(self._words[0])
+
+    def expired(self) -> bool:
+        """Whether the allowance is used up, or somebody kicked."""
+        return self._words[0] < 0 or bool(self._words[1])

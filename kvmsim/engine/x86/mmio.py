@@ -1,0 +1,152 @@
+"""Accesses to guest-physical memory that is not there: out to user space and back in.
+
+The emulator has no way to wait in the middle of an instruction. An access stops the guest with the
+instruction undone; when user space has answered, the pages concerned are filled with the answers
+for the time of one single step. What the instruction then writes goes out as further stops; what it
+reads besides takes it back to its beginning, and out once more.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import TYPE_CHECKING
+
+from kvmsim.engine.base import InternalError, Mmio
+from kvmsim.engine.x86.backend import ACCESS_FETCHES, ACCESS_READ, ACCESS_WRITES
+from kvmsim.engine.x86.memory import Slot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmsim.engine.base import Stop
+    from kvmsim.engine.x86.cpu import Cpu
+    from kvmsim.engine.x86.vm import X86Vm
+
+PAGE = 4096
+EMULATION_FAILED = 1
+_MAX_BYTES = 8
+
+
+class Answers:
+    """What user space has said about one instruction's accesses.
+
+    Attributes:
+        read: bytes it answered, by address.
+        written: bytes it took, by address.
+        pages: where those are.
+    """
+
+    def __init__(self) -> None:
+        self.read: dict[int, int] = {}
+        self.written: dict[int, int] = {}
+        self.pages: set[int] = set()
+
+
+def stopped(vm: X86Vm, cpu: Cpu, answers: Answers | None = None) -> Stop:
+    """The emulator met memory that is not there; the stop for user space."""
+    assert vm.access is not None
+    kind, gpa, size, value = vm.access
+    vm.access = None
+    if kind in ACCESS_FETCHES:
+        return InternalError(suberror=EMULATION_FAILED)
+    size = min(size, _MAX_BYTES)
+    answers = answers or Answers()
+    write = kind in ACCESS_WRITES
+    data = (value & (1 << 8 * size) - 1).to_bytes(size, "little") if write else b""
+
+    def took(answer: bytes) -> None:
+        for at in range(size):
+            if write:
+                answers.written[gpa + at] = data[at]
+            else:
+                answers.read[gpa + at] = answer[at] if at < len(answer) else 0xFF
+            answers.pages.add((gpa + at) & -PAGE)
+        _finish(vm, cpu, answers)
+
+    cpu.on_completion(took)
+    return Mmio(gpa=gpa, size=size, data=data)
+
+
+class _Step:
+    """One attempt at an instruction with answers in place.
+
+    Args:
+        answers: the answers.
+    """
+
+    def __init__(self, answers: Answers) -> None:
+        self.answers = answers
+        self.writes: list[tuple[int, bytes]] = []
+        self.missing: tuple[int, int] | None = None
+
+    def read(self, page: int, offset: int, size: int) -> int:
+        """The emulator reads; it may ask for aligned words around what the guest wants."""
+        known = self.answers.read
+        at = page + offset
+        if self.missing is None and not any(at + n in known for n in range(size)):
+            self.missing = (at, size)
+        return int.from_bytes(bytes(known.get(at + n, 0) for n in range(size)), "little")
+
+    def write(self, page: int, offset: int, size: int, value: int) -> None:
+        """The emulator writes: old news, or another access for user space."""
+        data = value.to_bytes(_MAX_BYTES, "little")[:size]
+        at = page + offset
+        if all(at + n in self.answers.written for n in range(size)):
+            return
+        if self.writes:
+            last, before = self.writes[-1]
+            if last + len(before) == at and len(before) + size <= _MAX_BYTES:
+                self.writes[-1] = (last, before + data)
+                return
+        self.writes.append((at, data))
+
+
+def _finish(vm: X86Vm, cpu: Cpu, answers: Answers) -> None:
+    """Try to execute the instruction with what is known; stops that come of it wait in the vCPU."""
+    step = _Step(answers)
+    before = bytes(vm.unicorn.env)
+    scratch: list[Slot] = []
+    for page in answers.pages:
+        slot = vm.memory.find(page)
+        if slot is None:
+            vm.unicorn.map_mmio(page, *_callbacks(step, page))
+        else:
+            vm.unicorn.unmap(page, PAGE)
+            scratch.append(_scratch(slot, page))
+            vm.unicorn.map(page, PAGE, scratch[-1].address)
+    vm.unicorn.flush_tlb()
+    vm.meter.start(vm.slice_bytes)
+    why = vm.single(cpu)
+    for page in answers.pages:
+        vm.unicorn.unmap(page, PAGE)
+        slot = vm.memory.find(page)
+        if slot is not None:
+            vm.unicorn.map(page, PAGE, slot.address + page - slot.gpa, writable=False)
+    vm.unicorn.flush_tlb()
+    if step.missing is not None or vm.access is not None:
+        vm.unicorn.env[:] = before
+        cpu.events.clear()
+        vm.access = vm.access or (ACCESS_READ, *(step.missing or (0, 1)), 0)
+        cpu.stops.append(stopped(vm, cpu, answers))
+        return
+    stop = None if type(why).NOTHING is why else vm.handle(cpu, why)
+    if stop is not None:
+        cpu.stops.append(stop)
+    cpu.stops.extend(Mmio(gpa=gpa, size=len(data), data=data) for gpa, data in step.writes)
+
+
+def _scratch(slot: Slot, page: int) -> Slot:
+    """A copy of a page of read-only memory that takes the write user space was told of."""
+    copy = mmap.mmap(-1, PAGE)
+    copy[:] = slot.memory[page - slot.gpa : page - slot.gpa + PAGE]
+    return Slot(page, memoryview(copy))
+
+
+def _callbacks(
+    step: _Step, page: int
+) -> tuple[Callable[[int, int], int], Callable[[int, int, int], None]]:
+    """The emulator's callbacks of one page."""
+    return (
+        lambda offset, size: step.read(page, offset, size),
+        lambda offset, size, value: step.write(page, offset, size, value),
+    )
