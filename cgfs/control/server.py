@@ -103,9 +103,12 @@ class Connection:
             await self.flush()
 
     def closed(self) -> None:
-        """The client is gone."""
+        """The client is gone; what goes wrong over it concerns nobody else."""
         while self.on_close:
-            self.on_close.pop()()
+            try:
+                self.on_close.pop()()
+            except Exception:
+                log.exception("the end of pid %d", self.peer.pid)
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,6 +245,20 @@ async def test_who_keeps_a_connection_hears_of_its_end(bell):
         await bell.closed.wait()
 
 
+async def test_end_of_a_client_that_goes_wrong_ends_neither_the_others_nor_the_server(
+    bell, caplog, tmp_path
+):
+    await receive(bell.stream, 2)
+    bell.connections[0].on_close.append(lambda: 1 / 0)
+    with caplog.at_level(logging.CRITICAL + 1, logger="cgfs.control.server"):
+        await bell.stream.aclose()
+        with trio.fail_after(5):
+            await bell.closed.wait()
+    async with await trio.open_unix_socket(tmp_path / "bell.sock") as again:
+        await again.send_all(encode_line(Request(1, "attach", raw(Word("x")))))
+        assert len(await receive(again, 2)) == 2
+
+
 async def test_client_that_never_reads_is_cut_off(bell, caplog):
     await receive(bell.stream, 2)
     with caplog.at_level(logging.CRITICAL + 1, logger="cgfs.control.server"), trio.fail_after(5):
