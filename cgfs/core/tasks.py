@@ -270,6 +270,8 @@ class TaskTable:
         self.thaw(task, now_ns)
         if tid == tgid and not self.processes.threads(tgid):
             self.exit(task, now_ns)
+        else:
+            self.release(task)
 
     def stopped(self, tgid: int) -> None:
         """A frozen process that still ran when somebody asked stands still at last."""

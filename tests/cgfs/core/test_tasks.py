@@ -127,6 +127,17 @@ def test_exit_of_a_stray_thread_empties_its_cgroup(shell, roots, processes):
     assert shell.cat("/A/cgroup.threads") == "100\n"
 
 
+def test_exit_of_the_only_thread_outside_the_roots_ends_the_tracking(shell, roots, processes):
+    shell.mkdir("/t")
+    shell.echo("threaded", "/t/cgroup.type")
+    processes.start(100, 101)
+    shell.echo("101", "/t/cgroup.threads")
+    assert processes.watched == {100}
+    processes.table[100].remove(101)
+    roots.tasks.exited(101, 100, 0)
+    assert processes.watched == set()
+
+
 def test_move_to_a_sibling_generates_no_event_on_the_parent(nested, roots, recorder):
     nested.mkdir("/d/e")
     recorder.heard.clear()
