@@ -22,8 +22,6 @@ from cgfs.core.parse import U32_MAX, parse_limit, show_limit, strip
 from cgfs.errors import CgroupError, ChargeRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from cgfs.core.caller import Caller
     from cgfs.core.cgroup import Cgroup
 
@@ -49,13 +47,6 @@ class EncryptionIdsCss(Css):
         super().__init__(controller, cgrp, parent, owner, now_ns)
         self.max = [U32_MAX] * len(TYPES)
         self.usage = [0] * len(TYPES)
-
-    def ancestors(self) -> Iterator[EncryptionIdsCss]:
-        """This state, its parent's, and so on up to the root's."""
-        css: EncryptionIdsCss | None = self
-        while css is not None:
-            yield css
-            css = css.parent
 
     def try_charge(self, type: str, amount: int = 1) -> None:
         """Charge this cgroup and all its ancestors, or none.

@@ -23,7 +23,7 @@ from cgfs.core.parse import U64_MAX, parse_limit, show_limit, strip
 from cgfs.errors import CgroupError, ChargeRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from cgfs.core.caller import Caller
     from cgfs.core.cgroup import Cgroup
@@ -71,13 +71,6 @@ class MiscCss(Css):
         if self._accounts is None:
             self._accounts = {}
         return self._accounts.setdefault(resource, Resource())
-
-    def ancestors(self) -> Iterator[MiscCss]:
-        """This state, its parent's, and so on up to the root's."""
-        css: MiscCss | None = self
-        while css is not None:
-            yield css
-            css = css.parent
 
     def try_charge(self, resource: str, amount: int = 1) -> None:
         """Charge this cgroup and all its ancestors, or none.
@@ -174,29 +167,31 @@ def _max_write(css: MiscCss, text: bytes, _opener: Caller, _now_ns: int) -> None
     css.own_account(resource).max = limit
 
 
-def _current_show(css: MiscCss, _caller: Caller) -> str:
+def _counts(css: MiscCss, value: Callable[[Resource], int], label: str = " ") -> str:
+    """A line for each resource that has a capacity or a count."""
     capacity = css.controller.capacity_of
-    return _lines(
-        css, lambda name, r: f" {r.usage & U64_MAX}" if capacity(name) or r.usage else None
-    )
+
+    def text(name: str, account: Resource) -> str | None:
+        count = value(account)
+        return f"{label}{count & U64_MAX}" if capacity(name) or count else None
+
+    return _lines(css, text)
+
+
+def _current_show(css: MiscCss, _caller: Caller) -> str:
+    return _counts(css, lambda account: account.usage)
 
 
 def _peak_show(css: MiscCss, _caller: Caller) -> str:
-    capacity = css.controller.capacity_of
-    return _lines(css, lambda name, r: f" {r.peak}" if capacity(name) or r.peak else None)
+    return _counts(css, lambda account: account.peak)
 
 
 def _events_show(css: MiscCss, _caller: Caller) -> str:
-    capacity = css.controller.capacity_of
-    return _lines(css, lambda name, r: f".max {r.events}" if capacity(name) or r.events else None)
+    return _counts(css, lambda account: account.events, ".max ")
 
 
 def _events_local_show(css: MiscCss, _caller: Caller) -> str:
-    capacity = css.controller.capacity_of
-    return _lines(
-        css,
-        lambda name, r: f".max {r.events_local}" if capacity(name) or r.events_local else None,
-    )
+    return _counts(css, lambda account: account.events_local, ".max ")
 
 
 class Misc(Controller):

@@ -5,14 +5,14 @@ Linux: ``struct cgroup_subsys_state`` and ``struct cgroup_subsys``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 from cgfs.core.caller import KERNEL
 from cgfs.core.cftype import listings
 from cgfs.core.node import Node
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from cgfs.core.caller import Caller
     from cgfs.core.cftype import CFType, Listing
@@ -70,6 +70,13 @@ class Css(Node):
         """Tell the view that a CONFIG file reads differently now."""
         if self.online:
             self.controller.listener.changed(self, self.controller.slots[file])
+
+    def ancestors(self) -> Iterator[Self]:
+        """This state, its parent's, and so on up to the root's."""
+        css: Self | None = self
+        while css is not None:
+            yield css
+            css = cast("Self | None", css.parent)
 
     def pin(self) -> None:
         """Keep this state alive past the removal of its cgroup."""
