@@ -12,6 +12,7 @@ from hypothesis.stateful import (
     invariant,
     rule,
 )
+from owners import Owner
 
 from cgfs.controllers.encryption_ids import EncryptionIds
 from cgfs.controllers.misc import Misc
@@ -28,17 +29,6 @@ GROUPS = ("/", "/a", "/a/b", "/c")
 CAPACITY = {"sev": 3, "sev_es": 2}
 KINDS = {2: "sev", 3: "sev_es"}
 PRESET = 'vendor = "amd"\n[sev]\nmax-asid = 5\nmin-sev-asid = 3\n'
-
-
-class Owner:
-    def killed(self, now_ns):
-        pass
-
-    def frozen(self, frozen, now_ns):
-        pass
-
-    def moved(self, now_ns):
-        pass
 
 
 class Host(RuleBasedStateMachine):

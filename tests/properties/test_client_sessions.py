@@ -4,6 +4,7 @@ import trio
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from owners import Owner
 
 from cgfs.control.errors import CommandError
 from cgfs.control.server import Peer
@@ -26,19 +27,6 @@ CGROUPS = ("a", "b", "a/inner")
 KINDS = ("sev", "sev_es")
 NUMBERS = st.integers(0, 12)
 SESSIONS = st.integers(0, 2)
-
-
-class Owner:
-    """An emulated process that nothing happens to."""
-
-    def killed(self, now_ns):
-        pass
-
-    def frozen(self, frozen, now_ns):
-        pass
-
-    def moved(self, now_ns):
-        pass
 
 
 class Sessions(RuleBasedStateMachine):

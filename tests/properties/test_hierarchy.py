@@ -8,6 +8,7 @@ from contextlib import suppress
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from owners import Owner
 
 from cgfs.controllers.encryption_ids import EncryptionIds
 from cgfs.controllers.misc import Misc
@@ -20,17 +21,6 @@ from cgfs.errors import CgroupError
 CAPACITY = 3
 NAMES = ("a", "b", "c")
 CONTROLLERS = ("encryption_ids", "misc")
-
-
-class Owner:
-    def killed(self, now_ns):
-        pass
-
-    def frozen(self, frozen, now_ns):
-        pass
-
-    def moved(self, now_ns):
-        pass
 
 
 class HierarchyMachine(RuleBasedStateMachine):

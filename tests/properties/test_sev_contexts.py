@@ -10,6 +10,7 @@ from hypothesis.stateful import (
     invariant,
     rule,
 )
+from owners import Owner
 
 from cgfs.controllers.encryption_ids import EncryptionIds
 from cgfs.controllers.misc import Misc
@@ -31,17 +32,6 @@ from kvmsim.kvm.vm import KvmEnableCap
 GROUPS = ("/a", "/a/b", "/c")
 KINDS = {2: "sev", 3: "sev_es"}
 PRESET = 'vendor = "amd"\n[sev]\nmax-asid = 6\nmin-sev-asid = 4\n'
-
-
-class Owner:
-    def killed(self, now_ns):
-        pass
-
-    def frozen(self, frozen, now_ns):
-        pass
-
-    def moved(self, now_ns):
-        pass
 
 
 class Context:

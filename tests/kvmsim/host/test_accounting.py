@@ -3,6 +3,7 @@
 from errno import EBUSY, EINVAL
 
 import pytest
+from owners import Owner
 
 from cgfs.controllers.bus_lock import BusLock
 from cgfs.controllers.encryption_ids import EncryptionIds
@@ -36,19 +37,6 @@ widgets = 7
 """
 INTEL = 'vendor = "intel"\n[tdx]\nkeys = 2\n[bus-lock]\nexit = "trap"\n'
 S = 1_000_000_000
-
-
-class Owner:
-    """An emulated process that does as it is told."""
-
-    def killed(self, now_ns):
-        pass
-
-    def frozen(self, frozen, now_ns):
-        pass
-
-    def moved(self, now_ns):
-        pass
 
 
 class Host:

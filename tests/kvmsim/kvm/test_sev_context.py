@@ -1,6 +1,7 @@
 from errno import EBADF, EBUSY, EINTR, EINVAL, EIO
 
 import pytest
+from owners import Owner
 
 from cgfs.controllers.encryption_ids import EncryptionIds
 from cgfs.controllers.misc import Misc
@@ -283,17 +284,6 @@ def test_dead_owner_is_not_kept_by_mirrors_that_went_with_the_guest(vmm):
 
 
 # -- whose cgroup pays -----------------------------------------------------------------------------
-
-
-class Owner:
-    def killed(self, now_ns):
-        pass
-
-    def frozen(self, frozen, now_ns):
-        pass
-
-    def moved(self, now_ns):
-        pass
 
 
 class Host:
