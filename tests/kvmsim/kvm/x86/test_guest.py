@@ -27,7 +27,7 @@ class Guest:
 
     def __init__(self, vm, *code, ring=0):
         from kvmsim.engine.x86.memory import Slot
-        from kvmsim.kvm.x86 import attach
+        from kvmsim.kvm.x86.guest import attach
 
         self.ram = mmap.mmap(-1, 0x40000)
         self.vm = vm

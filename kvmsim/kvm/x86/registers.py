@@ -1,10 +1,8 @@
-"""vCPUs that execute real x86 code: KVM's registers and rules on one side, the engine on the other.
+"""The registers of a vCPU, in and out of the engine.
 
-:func:`attach` gives every vCPU of a VM such an engine. Between runs KVM's registers are the ones
-that count; they are compared with what the engine left, and only what user space changed goes in.
-
-Debug registers and the bus lock #DB are ``kvmsim.kvm.debug``'s: what it says was delivered is
-injected into the guest here, at the next entry.
+Between runs KVM's registers are the ones that count; they are compared with what the engine left,
+and only what user space changed goes in. Debug registers and the bus lock #DB are
+``kvmsim.kvm.debug``'s: what it says was delivered is injected into the guest at the next entry.
 """
 
 from __future__ import annotations
@@ -12,21 +10,14 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from kvmsim.abi.structs import MSR_IA32_DEBUGCTL
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import BP, DB, NMI, OF, Event
-from kvmsim.engine.x86.guest import X86Guest
-from kvmsim.engine.x86.vm import X86Vm
-from kvmsim.kvm import cpuid, debug, events, sregs
+from kvmsim.kvm import debug, events, sregs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from kvmsim.engine.x86.cpu import Cpu
-    from kvmsim.engine.x86.memory import Slot
     from kvmsim.kvm.sregs import Sregs
     from kvmsim.kvm.vcpu import Vcpu
-    from kvmsim.kvm.vm import Vm
 
 #: Numbers of the general registers in the order of ``kvm_regs``; RIP and RFLAGS follow.
 _ORDER = (r.RAX, r.RBX, r.RCX, r.RDX, r.RSI, r.RDI, r.RSP, r.RBP, *range(8, 16))
@@ -49,71 +40,6 @@ _RIGHTS = (
 )
 #: Segments, tables and control registers in the engine's state.
 _SYSTEM_BEGIN, _SYSTEM_END = r.SEGMENTS, 608
-
-
-def attach(vm: Vm, vcpus: Iterable[Vcpu], slots: list[Slot]) -> X86Vm:
-    """Let the vCPUs of a VM execute real code.
-
-    Args:
-        vm: the VM.
-        vcpus: its vCPUs.
-        slots: its memory.
-
-    Raises:
-        ConfigError: the engine is not installed.
-    """
-    policy = VcpuPolicy(fault_like=vm.machine.bus_lock_exit == "fault")
-    engine = X86Vm(slots, policy)
-    for vcpu in vcpus:
-        cpu = engine.add_cpu()
-        policy.vcpus[cpu] = vcpu
-        vcpu.engine = X86Guest(cpu, VcpuRegisters(vcpu))
-    return engine
-
-
-class VcpuPolicy:
-    """What KVM says about the processors of a guest.
-
-    Args:
-        fault_like: see ``Policy``.
-
-    Attributes:
-        vcpus: the vCPU behind each of the engine's.
-    """
-
-    def __init__(self, *, fault_like: bool) -> None:
-        self.fault_like = fault_like
-        # KVM does not show guests a split-lock #AC control (kvm.md B.5).
-        self.split_lock_ac = False
-        self.tsc_khz = 3_000_000
-        self.vcpus: dict[Cpu, Vcpu] = {}
-
-    def cpuid(self, cpu: Cpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
-        """The table user space set; a leaf that is not in it is zero."""
-        vcpu = self.vcpus[cpu]
-        eax, ebx, ecx, edx = (
-            cpuid.guest_register(vcpu, leaf, name, subleaf) for name in ("eax", "ebx", "ecx", "edx")
-        )
-        return eax, ebx, ecx, edx
-
-    def rdmsr(self, cpu: Cpu, index: int) -> int | None:
-        """IA32_DEBUGCTL; #GP for others."""
-        if index == MSR_IA32_DEBUGCTL:
-            return debug.of(self.vcpus[cpu]).debugctl
-        return None
-
-    def wrmsr(self, cpu: Cpu, index: int, value: int) -> bool:
-        """IA32_DEBUGCTL by its rules; #GP for others."""
-        if index != MSR_IA32_DEBUGCTL:
-            return False
-        return debug.write_debugctl(self.vcpus[cpu], value, host_initiated=False)
-
-    def dr6_written(self, cpu: Cpu, value: int) -> int:
-        """DR6 with the bits that are fixed for this guest."""
-        vcpu = self.vcpus[cpu]
-        return debug.dr6_written(
-            value, bus_lock_detect=debug.has_bus_lock_detect(vcpu), rtm=debug.has_rtm(vcpu)
-        )
 
 
 class VcpuRegisters:
