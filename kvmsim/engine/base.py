@@ -18,7 +18,10 @@ Rules an engine can rely on:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(slots=True)
@@ -135,6 +138,31 @@ class Signal(StopBase):
 @dataclass(slots=True)
 class InKernel(StopBase):
     """An exit KVM handles itself: EPT violation, CPUID, preemption timer. The guest goes on."""
+
+
+def _nothing() -> None:
+    """What an :class:`Executing` does that nobody gave anything to do."""
+
+
+@dataclass(slots=True)
+class Executing(InKernel):
+    """The guest has not stopped yet: it executes on in ``work``; afterwards KVM enters again.
+
+    At most one ``work`` of a VM may be under way at a time, and the next one may start only when
+    what followed the last (``next_stop`` of that vCPU, or ``end``) has returned.
+
+    Attributes:
+        work: executes guest code, in any one thread, until the engine has a reason to stop, or is
+            kicked. It touches nothing of KVM's and raises nothing for a guest's reasons.
+        kick: makes ``work`` end soon; from any thread, also before ``work`` begins.
+        end: what ``work`` came to becomes the state of the vCPU, and KVM's registers are the
+            guest's again: for a vCPU that leaves the guest instead of entering again. Called in
+            KVM's thread while no ``work`` of the VM is under way, or before this one was.
+    """
+
+    work: Callable[[], None] = _nothing
+    kick: Callable[[], None] = _nothing
+    end: Callable[[], None] = _nothing
 
 
 Stop = BusLock | Hlt | Io | Mmio | Shutdown | InternalError | Debug | IrqWindow | Signal | InKernel

@@ -31,6 +31,7 @@ from kvmsim.abi.ioctls import KVM_RUN
 from kvmsim.engine.base import (
     BusLock,
     Debug,
+    Executing,
     Hlt,
     InKernel,
     InternalError,
@@ -62,9 +63,12 @@ class InGuest:
 
     Attributes:
         guest_ns: guest time until it stops, stalls excluded.
+        work: the guest executes in ``work.work()``, which any thread may call; ``resume`` when it
+            has returned. None: the guest has got there already.
     """
 
     guest_ns: int = 0
+    work: Executing | None = None
 
 
 @dataclass(slots=True)
@@ -207,7 +211,8 @@ def resume(vcpu: Vcpu, now_ns: int) -> Blocked | None:
 def interrupt(vcpu: Vcpu, now_ns: int, guest_ns: int | None = None) -> None:
     """A signal, or a kick by another thread, while KVM_RUN is blocked.
 
-    The stop the guest was on its way to stays; so does an owed bus lock.
+    The stop the guest was on its way to stays; so does an owed bus lock. Where the guest executes
+    in ``work()``, that must have returned, or never have been called.
 
     Args:
         vcpu: the vCPU.
@@ -224,6 +229,9 @@ def interrupt(vcpu: Vcpu, now_ns: int, guest_ns: int | None = None) -> None:
     if phase == GUEST:
         ran_ns = now_ns - vcpu.since_ns if guest_ns is None else guest_ns
         vcpu.remaining_ns = max(0, vcpu.remaining_ns - ran_ns)
+        if vcpu.in_guest.work is not None:
+            vcpu.in_guest.work.end()
+            vcpu.in_guest.work = vcpu.stop = None
     vcpu.phase = OUT
     if phase == QUEUED:
         vcpu.vm.accounting.bus_lock_withdraw(vcpu, now_ns)
@@ -297,6 +305,7 @@ def enter(vcpu: Vcpu, now_ns: int) -> Blocked | None:
     vcpu.since_ns = now_ns
     in_guest = vcpu.in_guest
     in_guest.guest_ns = vcpu.remaining_ns
+    in_guest.work = stop if type(stop) is Executing else None
     return in_guest
 
 

@@ -8,6 +8,7 @@ from kvmsim.abi.structs import KVM_REGS
 from kvmsim.engine.base import (
     BusLock,
     Debug,
+    Executing,
     Hlt,
     InKernel,
     InternalError,
@@ -377,4 +378,26 @@ def test_init_forgets_what_the_guest_was_doing(guest):
     vcpu.init()
     assert vcpu.rip == 0xFFF0
     run_to_exit(vcpu)
+    assert vcpu.run.exit_reason == Exit.HLT
+
+
+def test_guest_that_executes_elsewhere_is_entered_again_afterwards(guest):
+    stop = Executing()
+    vcpu = guest([stop, Hlt()])
+    blocked = vcpu.kvm_run(0)
+    assert (blocked.work, blocked.guest_ns) == (stop, 0)
+    blocked = vcpu.resume(0)
+    assert blocked.work is None
+    assert vcpu.resume(0) is None
+    assert vcpu.run.exit_reason == Exit.HLT
+
+
+def test_signal_ends_what_executes_elsewhere_and_the_guest_is_asked_anew(guest):
+    ended = []
+    vcpu = guest([Executing(end=lambda: ended.append(True)), Hlt()])
+    vcpu.kvm_run(0)
+    assert errno_of(vcpu.interrupt, 5) == EINTR
+    assert ended == [True]
+    assert vcpu.kvm_run(5).work is None
+    assert vcpu.resume(5) is None
     assert vcpu.run.exit_reason == Exit.HLT
