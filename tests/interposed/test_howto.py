@@ -40,8 +40,7 @@ def test_transcripts_of_a_page_come_out_as_written(shell, fuse, page):
     missing = [name for name in ("gcc", *NEEDED.get(page.name, [])) if not shutil.which(name)]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
-    for example in (DOCS / "examples").iterdir():
-        shutil.copy(example, shell.home)
+    shutil.copytree(DOCS / "examples", shell.home, dirs_exist_ok=True)
     commands, expected = zip(*steps(page), strict=True)
     script = f"\nprintf '{MARK}'\n".join(commands)
     done = shell.run("bash", "-c", f"exec 2>&1\n{script}\n")
