@@ -136,6 +136,62 @@ class Signal(StopBase):
 
 
 @dataclass(slots=True)
+class Rdmsr(StopBase):
+    """RDMSR that user space carries out; ``input`` is then an error byte and 8 bytes of data.
+
+    Attributes:
+        index: of the register.
+        reason: ``KVM_MSR_EXIT_REASON_*``.
+    """
+
+    index: int = 0
+    reason: int = 0
+
+
+@dataclass(slots=True)
+class Wrmsr(StopBase):
+    """WRMSR that user space carries out; ``input`` is then an error byte.
+
+    Attributes:
+        index: of the register.
+        data: what the guest writes.
+        reason: ``KVM_MSR_EXIT_REASON_*``.
+    """
+
+    index: int = 0
+    data: int = 0
+    reason: int = 0
+
+
+@dataclass(slots=True)
+class Hypercall(StopBase):
+    """A hypercall that user space carries out; ``input`` is then its result, 8 bytes.
+
+    Attributes:
+        number: ``KVM_HC_*``.
+        args: RBX, RCX, RDX and RSI, as wide as the guest's mode has them.
+        flags: ``KVM_EXIT_HYPERCALL_*``.
+    """
+
+    number: int = 0
+    args: tuple[int, int, int, int] = (0, 0, 0, 0)
+    flags: int = 0
+
+
+@dataclass(slots=True)
+class SystemEvent(StopBase):
+    """The guest ends, or asks for something that concerns the whole machine.
+
+    Attributes:
+        kind: ``KVM_SYSTEM_EVENT_*``.
+        data: up to 16 words for the VMM.
+    """
+
+    kind: int = 0
+    data: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
 class InKernel(StopBase):
     """An exit KVM handles itself: EPT violation, CPUID, preemption timer. The guest goes on."""
 
@@ -165,7 +221,22 @@ class Executing(InKernel):
     end: Callable[[], None] = _nothing
 
 
-Stop = BusLock | Hlt | Io | Mmio | Shutdown | InternalError | Debug | IrqWindow | Signal | InKernel
+Stop = (
+    BusLock
+    | Hlt
+    | Io
+    | Mmio
+    | Rdmsr
+    | Wrmsr
+    | Hypercall
+    | Shutdown
+    | SystemEvent
+    | InternalError
+    | Debug
+    | IrqWindow
+    | Signal
+    | InKernel
+)
 
 
 class GuestVcpu(Protocol):

@@ -12,18 +12,11 @@ from typing import TYPE_CHECKING
 from kvmsim.abi.caps import KVM_MP_STATE_HALTED
 from kvmsim.abi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, Exit
 from kvmsim.abi.run import PIO_DATA_OFFSET
+from kvmsim.engine.base import InternalError
 from kvmsim.kvm import coalesced
 
 if TYPE_CHECKING:
-    from kvmsim.engine.base import (
-        Debug,
-        Hlt,
-        InternalError,
-        Io,
-        IrqWindow,
-        Mmio,
-        StopBase,
-    )
+    from kvmsim.engine.base import Debug, Hlt, Io, IrqWindow, Mmio, Shutdown, StopBase
     from kvmsim.kvm.vcpu import Vcpu
 
 # Looked up once: see kvmsim.kvm.run.
@@ -115,6 +108,11 @@ def irq_window(vcpu: Vcpu, stop: IrqWindow) -> int | None:
         return None
     vcpu.ready_and_if = READY_AND_IF
     return Exit.IRQ_WINDOW_OPEN
+
+
+def ended(vcpu: Vcpu, stop: Shutdown | InternalError) -> int:
+    """The guest cannot go on."""
+    return internal_error(vcpu, stop) if isinstance(stop, InternalError) else shutdown(vcpu)
 
 
 def shutdown(vcpu: Vcpu) -> int:

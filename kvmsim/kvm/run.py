@@ -33,16 +33,20 @@ from kvmsim.engine.base import (
     Debug,
     Executing,
     Hlt,
+    Hypercall,
     InKernel,
     InternalError,
     Io,
     IrqWindow,
     Mmio,
+    Rdmsr,
     Shutdown,
     Signal,
+    SystemEvent,
+    Wrmsr,
 )
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, debug, exits, sev
+from kvmsim.kvm import bus_lock, debug, delegated, exits, sev
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import (
     U16_FLAGS,
@@ -297,12 +301,12 @@ def enter(vcpu: Vcpu, now_ns: int) -> Blocked | None:
             leave(vcpu, reason, 0)
             return None
     stop = vcpu.stop
+    vcpu.since_ns = now_ns
     if stop is None:
         stop = vcpu.stop = vcpu.engine.next_stop(vcpu)
         vcpu.remaining_ns = stop.after_ns
         vcpu.lock_done = False
     vcpu.phase = GUEST
-    vcpu.since_ns = now_ns
     in_guest = vcpu.in_guest
     in_guest.guest_ns = vcpu.remaining_ns
     in_guest.work = stop if type(stop) is Executing else None
@@ -360,12 +364,12 @@ def _exit_reason(vcpu: Vcpu, stop: Stop, now_ns: int) -> int | None:
         case Signal():
             vcpu.stop = None
             reason = INTR
-        case Shutdown():
-            reason = exits.shutdown(vcpu)
-        case InternalError():
-            reason = exits.internal_error(vcpu, stop)
+        case Shutdown() | InternalError():
+            reason = exits.ended(vcpu, stop)
         case Debug():
             reason = exits.debug(vcpu, stop)
+        case Rdmsr() | Wrmsr() | Hypercall() | SystemEvent():
+            reason = delegated.leave(vcpu, stop)
     return reason
 
 
@@ -381,6 +385,8 @@ def _complete(vcpu: Vcpu) -> None:
         exits.complete_io(vcpu, stop)
     elif isinstance(stop, Mmio):
         exits.complete_mmio(vcpu, stop)
+    elif isinstance(stop, Rdmsr | Wrmsr | Hypercall):
+        delegated.complete(vcpu, stop)
     # An engine with an instruction in the middle ends it now, not at entry: user space may look at
     # the registers in between.
     settle = getattr(vcpu.engine, "settle", None)
