@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from kvmsim.host import sysfiles
 from kvmsim.host.accounting import CHARGED_BY, has
+from kvmsim.host.lbr import LbrFacility, hardware_of
 from kvmsim.host.sev_setup import set_up
+from kvmsim.host.split_locks import SplitLocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,6 +53,9 @@ class Machine:
         sev: SEV as KVM may use it.
         capacities: every counted resource that exists, in registration order.
         bus_lock_exit: ``none``, ``trap`` or ``fault``.
+        lbr: last-branch hardware; None without, or without a PMU for guests.
+        lbr_facility: who of the host has it.
+        split_lock: the kernel's policy for split locks, at work.
         parameters: ``module/parameters/name`` below ``/sys/module`` -> text.
         log: what the kernel printed about SEV.
     """
@@ -60,10 +65,13 @@ class Machine:
         "accounting",
         "bus_lock_exit",
         "capacities",
+        "lbr",
+        "lbr_facility",
         "log",
         "parameters",
         "preset",
         "sev",
+        "split_lock",
     )
 
     def __init__(self, preset: Preset, roots: Roots | None, accounting: Accounting) -> None:
@@ -72,6 +80,9 @@ class Machine:
         self.sev = set_up(preset)
         self.log = self.sev.log
         self.bus_lock_exit = preset.bus_lock.exit
+        self.lbr = hardware_of(preset) if preset.pmu is not None else None
+        self.lbr_facility = LbrFacility()
+        self.split_lock = SplitLocks(preset)
         self.capacities = {name: amount for name, amount in self._counted() if amount}
         self.parameters = sysfiles.module_parameters(preset, self.sev)
         self._cpuinfo = ""

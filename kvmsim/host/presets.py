@@ -48,6 +48,40 @@ class BusLockTable(
     stall_cycles: Annotated[int, msgspec.Meta(ge=0, le=10**9)] = 7000
 
 
+class PmuTable(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, rename="kebab"
+):
+    """``[pmu]``: performance monitoring KVM can give to guests (Intel).
+
+    Attributes:
+        version: CPUID.0AH:EAX[7:0] of the processor; KVM shows no more than 2.
+        counters: general-purpose counters.
+        fixed_counters: fixed-function counters.
+        lbr_format: ``IA32_PERF_CAPABILITIES[5:0]``; without it, what the model has.
+    """
+
+    version: Annotated[int, msgspec.Meta(ge=1, le=5)] = 5
+    counters: Annotated[int, msgspec.Meta(ge=1, le=8)] = 8
+    fixed_counters: Annotated[int, msgspec.Meta(ge=0, le=3)] = 3
+    lbr_format: Annotated[int, msgspec.Meta(ge=0, le=62)] | None = None
+
+
+class KernelTable(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, rename="kebab"
+):
+    """``[kernel]``: how the machine's kernel was started.
+
+    Attributes:
+        split_lock_detect: the option of that name as written; ``None``: not given.
+        split_lock_mitigate: sysctl ``kernel.split_lock_mitigate``.
+        hz: ticks per second.
+    """
+
+    split_lock_detect: str | None = None
+    split_lock_mitigate: bool = True
+    hz: Literal[100, 250, 300, 1000] = 250
+
+
 class SevTable(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, rename="kebab"
 ):
@@ -135,8 +169,11 @@ class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         cpus: logical CPUs online.
         tsc_khz: frequency of the time-stamp counter.
         bus_lock: bus lock hardware.
+        rtm: restricted transactional memory, CPUID.(7,0):EBX[11].
+        pmu: performance monitoring; ``None``: KVM has it off (``enable_pmu=N``).
         sev: memory encryption; ``None``: the processor has none.
         tdx: trust domains; ``None``: none.
+        kernel: options of its kernel.
         kvm_amd: module parameters.
         misc: further resources of the misc controller, name = capacity.
         faults: what is broken.
@@ -152,8 +189,11 @@ class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     cpus: Annotated[int, msgspec.Meta(ge=1, le=8192)] = 8
     tsc_khz: Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)] = 2_000_000
     bus_lock: BusLockTable = msgspec.field(default_factory=BusLockTable)
+    rtm: bool = False
+    pmu: PmuTable | None = None
     sev: SevTable | None = None
     tdx: TdxTable | None = None
+    kernel: KernelTable = msgspec.field(default_factory=KernelTable)
     kvm_amd: KvmAmdTable = msgspec.field(default_factory=KvmAmdTable)
     misc: dict[str, int] = msgspec.field(default_factory=dict)
     faults: FaultsTable = msgspec.field(default_factory=FaultsTable)
@@ -207,6 +247,8 @@ def _conflict(preset: Preset) -> str | None:
         return "sev: an Intel machine has no SEV"
     if preset.vendor == "amd" and preset.tdx is not None:
         return "tdx: an AMD machine has no TDX"
+    if preset.vendor == "amd" and (preset.pmu is not None or preset.rtm):
+        return "pmu, rtm: only of Intel machines here"
     exits = {"none", "trap" if preset.vendor == "intel" else "fault"}
     if preset.bus_lock.exit not in exits:
         return f'bus-lock.exit: "{preset.bus_lock.exit}" is not how {preset.vendor} reports one'

@@ -23,6 +23,13 @@ class Quirks(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         move_charges_wrong_type: moving an SEV-ES guest to another cgroup moves a ``sev`` unit
             instead of its ``sev_es`` unit; counts fall below 0.
         move_mirror_leaks_charge: moving a mirror charges the destination, which never gives back.
+        lbr_release_ignores_use: a vCPU that is descheduled with DEBUGCTL.LBR clear loses its
+            last-branch records, read or not (6.12); off: not if it accessed them meanwhile.
+        lbr_first_series: last-branch records by the rules of the series that brought them (v13,
+            5.12): processors without call-stack mode too, PMU version 2 or later, a format that
+            does not fit is cleared silently, and DEBUGCTL.LBR without records is #GP.
+        amd_debugctl_drops_bits: DEBUGCTL bits 1 and 5:2 are dropped where LBR virtualization is
+            on (AMD, before 6.16); off: bits 5:2 are #GP.
         move_keeps_need_init: after a move a VM of an encrypted type still waits for its init.
     """
 
@@ -34,3 +41,6 @@ class Quirks(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     move_charges_wrong_type: bool = False
     move_mirror_leaks_charge: bool = False
     move_keeps_need_init: bool = False
+    lbr_release_ignores_use: bool = False
+    lbr_first_series: bool = False
+    amd_debugctl_drops_bits: bool = True

@@ -1,7 +1,9 @@
 """Host policy for bus locks of host applications: ``split_lock_detect=`` (kvm.md B.6, C.2).
 
-It concerns tasks of the host only. Bus locks of VMs never pass through it, as on Linux; their
-limits are the VMM's (``kvmsim.vmm.ratelimit``) and the cgroup's (``cgfs.controllers.bus_lock``).
+It concerns tasks of the host. Bus locks of VMs never pass through it, as on Linux; their limits are
+the VMM's (``kvmsim.vmm.ratelimit``) and the cgroup's (``cgfs.controllers.bus_lock``). But where the
+processor raises #AC for split locks, it does so in guests too, and the thread that runs the vCPU is
+treated like a task that took one (``kvmsim.kvm.split_lock``).
 """
 
 from __future__ import annotations

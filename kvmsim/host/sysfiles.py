@@ -29,7 +29,7 @@ def module_parameters(preset: Preset, sev: SevSetup) -> dict[str, str]:
     """Map ``module/parameters/name`` below ``/sys/module`` to the file's text."""
     values = {
         "kvm/parameters/eager_page_split": "Y\n",
-        "kvm/parameters/enable_pmu": "N\n",
+        "kvm/parameters/enable_pmu": _yes_no(preset.pmu is not None),
         "kvm/parameters/force_emulation_prefix": "0\n",
         "kvm/parameters/halt_poll_ns": "200000\n",
         "kvm/parameters/ignore_msrs": "N\n",
@@ -66,6 +66,10 @@ def cpu_flags(preset: Preset) -> list[str]:
     else:
         flags += _AMD_FLAGS.split()
         flags += _svm_flags(preset)
+    if preset.pmu is not None:
+        flags += ["pdcm", "arch_perfmon"]
+    if preset.rtm:
+        flags.append("rtm")
     if preset.bus_lock.detect:
         flags.append("bus_lock_detect")
     if preset.bus_lock.split_lock_detect:
