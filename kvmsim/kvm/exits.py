@@ -13,7 +13,7 @@ from kvmsim.abi.caps import KVM_MP_STATE_HALTED
 from kvmsim.abi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, Exit
 from kvmsim.abi.run import PIO_DATA_OFFSET
 from kvmsim.engine.base import InternalError
-from kvmsim.kvm import coalesced
+from kvmsim.kvm import bus, coalesced
 
 if TYPE_CHECKING:
     from kvmsim.engine.base import Debug, Hlt, Io, IrqWindow, Mmio, Shutdown, StopBase
@@ -44,28 +44,49 @@ def hlt(vcpu: Vcpu, stop: Hlt, now_ns: int) -> int | None:
     return None
 
 
-def io(vcpu: Vcpu, stop: Io) -> int | None:
+def io(vcpu: Vcpu, stop: Io, now_ns: int) -> int | None:
     """IN or OUT. OUTS goes out one element at a time, INS all at once."""
-    size = stop.size
-    if stop.data and vcpu.vm.coalesced_zones:
-        while vcpu.io_done < len(stop.data):
-            element = stop.data[vcpu.io_done : vcpu.io_done + size]
-            if not coalesced.collect(vcpu, stop.port, element, pio=True):
-                break
-            vcpu.io_done += size
-        else:
-            vcpu.io_done = 0
-            retire(vcpu, stop)
-            return None
     if stop.data:
-        element = stop.data[vcpu.io_done : vcpu.io_done + size]
+        if _all_taken(vcpu, stop, now_ns):
+            return None
+        element = stop.data[vcpu.io_done : vcpu.io_done + stop.size]
         vcpu.run.memory[PIO_DATA_OFFSET : PIO_DATA_OFFSET + len(element)] = element
         direction, count = KVM_EXIT_IO_OUT, 1
     else:
+        if _read_port(vcpu, stop, now_ns):
+            return None
         direction, count = KVM_EXIT_IO_IN, stop.count
-    pack_into("<BBHIQ", vcpu.run.memory, 32, direction, size, stop.port, count, PIO_DATA_OFFSET)
+    fields = (direction, stop.size, stop.port, count, PIO_DATA_OFFSET)
+    pack_into("<BBHIQ", vcpu.run.memory, 32, *fields)
     vcpu.pending, vcpu.pending_rip = stop, vcpu.rip
     return IO
+
+
+def _all_taken(vcpu: Vcpu, stop: Io, now_ns: int) -> bool:
+    """Offer what OUT writes to everybody in the kernel, up to the first element nobody takes."""
+    vm, data, size = vcpu.vm, stop.data, stop.size
+    while vcpu.io_done < len(data):
+        element = data[vcpu.io_done : vcpu.io_done + size]
+        collects = vm.coalesced_zones and coalesced.collect(vcpu, stop.port, element, pio=True)
+        if not collects and not bus.write_port(vm, vcpu, stop.port, element, now_ns):
+            return False
+        vcpu.io_done += size
+    vcpu.io_done = 0
+    retire(vcpu, stop)
+    return True
+
+
+def _read_port(vcpu: Vcpu, stop: Io, now_ns: int) -> bool:
+    """Read a port that is in the kernel, once for each element; False: none is there."""
+    data = b""
+    for _ in range(stop.count):
+        element = bus.read_port(vcpu.vm, vcpu, stop.port, stop.size, now_ns)
+        if element is None:
+            return False
+        data += element
+    vcpu.input = data
+    retire(vcpu, stop)
+    return True
 
 
 def complete_io(vcpu: Vcpu, stop: Io) -> None:
@@ -82,16 +103,29 @@ def complete_io(vcpu: Vcpu, stop: Io) -> None:
     retire(vcpu, stop)
 
 
-def mmio(vcpu: Vcpu, stop: Mmio) -> int | None:
+def mmio(vcpu: Vcpu, stop: Mmio, now_ns: int) -> int | None:
     """An access without a memslot."""
     data = stop.data
-    if data and vcpu.vm.coalesced_zones and coalesced.collect(vcpu, stop.gpa, data, pio=False):
+    if _memory_in_kernel(vcpu, stop, now_ns):
         retire(vcpu, stop)
         return None
     size = len(data) if data else stop.size
     pack_into("<Q8sIB", vcpu.run.memory, 32, stop.gpa, data, size, bool(data))
     vcpu.pending, vcpu.pending_rip = stop, vcpu.rip
     return MMIO
+
+
+def _memory_in_kernel(vcpu: Vcpu, stop: Mmio, now_ns: int) -> bool:
+    """Let a device in the kernel answer; False: none is there."""
+    vm, gpa, data = vcpu.vm, stop.gpa, stop.data
+    if data:
+        collects = vm.coalesced_zones and coalesced.collect(vcpu, gpa, data, pio=False)
+        return collects or bus.write_memory(vm, vcpu, gpa, data, now_ns)
+    answer = bus.read_memory(vm, vcpu, gpa, stop.size, now_ns)
+    if answer is None:
+        return False
+    vcpu.input = answer
+    return True
 
 
 def complete_mmio(vcpu: Vcpu, stop: Mmio) -> None:

@@ -258,6 +258,18 @@ def wake(vcpu: Vcpu, now_ns: int) -> None:
             vcpu.on_wake(vcpu, now_ns)
 
 
+def kick(vcpu: Vcpu, now_ns: int) -> None:
+    """Something waits for the next entry: have the vCPU look, soon if it executes.
+
+    Whoever queues an event for a vCPU calls this.
+    """
+    phase = vcpu.phase
+    if phase == HALTED:
+        wake(vcpu, now_ns)
+    elif phase == GUEST and vcpu.in_guest.work is not None:
+        vcpu.in_guest.work.kick()
+
+
 def sipi(vcpu: Vcpu, now_ns: int) -> None:
     """Start an application processor. Nothing, if it is not waiting for that."""
     if vcpu.mp_state not in WAIT_FOR_SIPI:
@@ -352,9 +364,9 @@ def _exit_reason(vcpu: Vcpu, stop: Stop, now_ns: int) -> int | None:
     reason: int | None = None
     match stop:
         case Io():
-            reason = exits.io(vcpu, stop)
+            reason = exits.io(vcpu, stop, now_ns)
         case Mmio():
-            reason = exits.mmio(vcpu, stop)
+            reason = exits.mmio(vcpu, stop, now_ns)
         case Hlt():
             reason = exits.hlt(vcpu, stop, now_ns)
         case InKernel() | BusLock():

@@ -172,6 +172,7 @@ class Vcpu(VcpuFile):
     resume = run.resume
     interrupt = run.interrupt
     wake = run.wake
+    kick = run.kick
     sipi = run.sipi
     admitted = run.admitted
 
