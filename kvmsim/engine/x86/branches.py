@@ -104,7 +104,7 @@ class BranchFeed:
         if block in self._ends and block not in self._ambiguous:
             return self._ends[block]
         address, size = block
-        return self._decode_end(self._vm.read_code(address, size), address)
+        return self._decode_end(self._vm.watch.read_code(address, size), address)
 
     def _decode_end(self, code: bytes, address: int) -> _End:
         at = last = 0

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvmsim.engine.x86.memory import Memory
     from kvmsim.engine.x86.policy import Policy
     from kvmsim.engine.x86.vm import X86Vm
+    from kvmsim.engine.x86.watch import Why
 
 CR0_RESET = 0x6000_0010
 DR6_RESET, DR7_RESET = 0xFFFF_0FF0, 0x400
@@ -46,6 +47,11 @@ class Cpu:
         interrupt: vector of an external interrupt that comes as soon as the guest takes it.
         wants_window: stop when the guest can take an interrupt.
         guest_ns: guest time it has executed.
+        stopped_ns: ``guest_ns`` at its last stop.
+        left: an end of execution in another thread that waits to be acted on: why, and the
+            emulator's error number.
+        kicked: it is to stop executing in another thread.
+        worked: it has executed there since it was handed out.
         bus_locks: bus locks its guest has taken.
         lbr: last-branch records, fed while they are enabled; None: the vCPU has none.
     """
@@ -65,12 +71,15 @@ class Cpu:
         self.single_step = False
         self.interrupt: int | None = None
         self.wants_window = False
-        self.guest_ns = 0
+        self.guest_ns = self.stopped_ns = 0
+        self.left: tuple[Why, int] | None = None
+        self.kicked = self.worked = False
         self.bus_locks = 0
         self.lbr: LastBranches | None = None
         self.stops: list[Stop] = []
         self._tsc_offset = 0
         self._completion: Callable[[bytes], None] | None = None
+        self._executes = False
         self.reset()
 
     def use(self, registers: r.Registers) -> None:
@@ -126,13 +135,24 @@ class Cpu:
     # -- completion ----------------------------------------------------------------------------
 
     @property
+    def must_wait(self) -> bool:
+        """Whether what :meth:`complete` does has to wait for others that execute."""
+        return self._executes and self.vm.must_wait(self)
+
+    @property
     def pending(self) -> bool:
         """Whether the last stop waits for :meth:`complete`."""
         return self._completion is not None
 
-    def on_completion(self, function: Callable[[bytes], None]) -> None:
-        """What is to be done when user space has answered."""
+    def on_completion(self, function: Callable[[bytes], None], *, executes: bool = False) -> None:
+        """What is to be done when user space has answered.
+
+        Args:
+            function: called with the answer.
+            executes: it needs the emulator.
+        """
         self._completion = function
+        self._executes = executes
 
     def complete(self, data: bytes = b"") -> None:
         """User space has done its part of the last stop: the instruction ends.
@@ -142,7 +162,8 @@ class Cpu:
         """
         function, self._completion = self._completion, None
         if function is not None:
-            self.vm.load(self)
+            if self._executes:
+                self.vm.load(self)
             function(data)
 
     def abandon(self) -> None:

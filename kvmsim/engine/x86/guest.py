@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from kvmsim.engine.base import Executing
+
 if TYPE_CHECKING:
     from kvmsim.engine.base import GuestVcpu, Stop
     from kvmsim.engine.x86.cpu import Cpu
@@ -47,11 +49,27 @@ class X86Guest:
 
     def next_stop(self, vcpu: GuestVcpu) -> Stop:
         """Execute up to the next stop."""
+        cpu = self.cpu
+        if cpu.vm.must_wait(cpu):
+            return self._out(cpu.vm.run(cpu))
         self.settle(vcpu)
-        stop = self.cpu.vm.run(self.cpu)
+        stop = cpu.vm.run(cpu, getattr(vcpu, "allowance_ns", None))
+        self._store()
+        return self._out(stop)
+
+    def _out(self, stop: Stop) -> Stop:
+        if isinstance(stop, Executing):
+            stop.end = self._withdraw
+        return stop
+
+    def _withdraw(self) -> None:
+        """The vCPU leaves the guest instead of going on."""
+        if self.cpu.vm.withdraw(self.cpu):
+            self._store()
+
+    def _store(self) -> None:
         self._file.store(self.cpu)
         self._rip = self.cpu.registers.rip
-        return stop
 
     def deliver_events(self) -> None:
         """KVM is about to deliver what waits: the guest gets it at the next entry."""
@@ -64,6 +82,8 @@ class X86Guest:
         KVM_RUN with ``immediate_exit`` completes and returns. Doing it again does nothing.
         """
         cpu = self.cpu
+        if cpu.must_wait:
+            return
         if vcpu.rip != self._rip:
             # User space went elsewhere: neither the rest of an instruction nor the leave to take
             # a bus lock is of any use there.

@@ -34,6 +34,11 @@ class Slot:
         return self.gpa + len(self.memory)
 
     @property
+    def key(self) -> tuple[int, int, int, bool]:
+        """What tells one slot from another: guest address, size, host address, kind."""
+        return self.gpa, len(self.memory), self.address, self.read_only
+
+    @property
     def address(self) -> int:
         """Where it is in this process."""
         if self._anchor is None:
@@ -55,6 +60,10 @@ class Memory:
     __slots__ = ("slots",)
 
     def __init__(self, slots: list[Slot]) -> None:
+        self.replace(slots)
+
+    def replace(self, slots: list[Slot]) -> None:
+        """Have other slots."""
         self.slots = sorted(slots, key=lambda slot: slot.gpa)
 
     def find(self, gpa: int) -> Slot | None:

@@ -12,8 +12,10 @@ import mmap
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.base import InternalError, Mmio
+from kvmsim.engine.x86 import exits, stepping
 from kvmsim.engine.x86.backend import ACCESS_FETCHES, ACCESS_READ, ACCESS_WRITES
 from kvmsim.engine.x86.memory import Slot
+from kvmsim.engine.x86.watch import Why
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,9 +46,9 @@ class Answers:
 
 def stopped(vm: X86Vm, cpu: Cpu, answers: Answers | None = None) -> Stop:
     """The emulator met memory that is not there; the stop for user space."""
-    assert vm.access is not None
-    kind, gpa, size, value = vm.access
-    vm.access = None
+    assert vm.watch.access is not None
+    kind, gpa, size, value = vm.watch.access
+    vm.watch.access = None
     if kind in ACCESS_FETCHES:
         return InternalError(suberror=EMULATION_FAILED)
     size = min(size, _MAX_BYTES)
@@ -63,7 +65,7 @@ def stopped(vm: X86Vm, cpu: Cpu, answers: Answers | None = None) -> Stop:
             answers.pages.add((gpa + at) & -PAGE)
         _finish(vm, cpu, answers)
 
-    cpu.on_completion(took)
+    cpu.on_completion(took, executes=True)
     return Mmio(gpa=gpa, size=size, data=data)
 
 
@@ -116,20 +118,20 @@ def _finish(vm: X86Vm, cpu: Cpu, answers: Answers) -> None:
             vm.unicorn.map(page, PAGE, scratch[-1].address)
     vm.unicorn.flush_tlb()
     vm.meter.start(vm.slice_bytes)
-    why = vm.single(cpu)
+    why = stepping.single(vm, cpu)
     for page in answers.pages:
         vm.unicorn.unmap(page, PAGE)
         slot = vm.memory.find(page)
         if slot is not None:
             vm.unicorn.map(page, PAGE, slot.address + page - slot.gpa, writable=False)
     vm.unicorn.flush_tlb()
-    if step.missing is not None or vm.access is not None:
+    if step.missing is not None or vm.watch.access is not None:
         vm.unicorn.env[:] = before
         cpu.events.clear()
-        vm.access = vm.access or (ACCESS_READ, *(step.missing or (0, 1)), 0)
+        vm.watch.access = vm.watch.access or (ACCESS_READ, *(step.missing or (0, 1)), 0)
         cpu.stops.append(stopped(vm, cpu, answers))
         return
-    stop = None if type(why).NOTHING is why else vm.handle(cpu, why)
+    stop = None if why is Why.NOTHING else exits.handle(vm, cpu, why)
     if stop is not None:
         cpu.stops.append(stop)
     cpu.stops.extend(Mmio(gpa=gpa, size=len(data), data=data) for gpa, data in step.writes)

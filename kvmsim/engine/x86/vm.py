@@ -1,18 +1,15 @@
-"""A guest of real x86 code: one emulator, its sites, and the loop from stop to stop.
+"""A guest of real x86 code: one emulator, and the loop from stop to stop.
 
 One emulator serves all vCPUs of a VM, one at a time: two of them would not be atomic towards each
 other, and this way they share translated code. A vCPU's registers are either in the emulator or in
 its saved copy; :meth:`X86Vm.load` moves them.
 
-How a bus lock is found: a callback before each locked instruction computes the address of its
-operand. Where the operand stays within a cache line of memory known to be write-back, that is all.
-Else, if the page tables let the access happen, it will be a bus lock:
-
-* trap-like: a callback before the *next* instruction stops the guest, the lock just taken;
-* fault-like: the guest stops in front, and passes once the lock is admitted.
-
-A fault of the locked instruction itself leaves RIP on it, which is how a lock that was not taken is
-told from one that was. Translated blocks come to know a new callback only by being dropped.
+Execution has two halves. The emulator runs, with callbacks that take notes (``watch``), and what
+the notes mean is done afterwards (``exits``). By default both happen in :meth:`X86Vm.run`. With
+``inline_bytes`` the first half goes on in another thread, in :meth:`X86Vm.work`, when a vCPU does
+not stop soon; what touches KVM's model is always done in the thread that calls ``run``. A vCPU that
+asks while another one's turn may be under way waits for its own turn, in which ``work`` has
+nothing to do.
 
 Guest time is counted in bytes of code of the blocks entered, four of which stand for one
 instruction and one cycle; exceptions and bus locks take more. Counting is exact from run to run,
@@ -21,21 +18,19 @@ not towards any real processor.
 
 from __future__ import annotations
 
-from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.base import BusLock, Debug, InKernel, InternalError, IrqWindow, Shutdown
-from kvmsim.engine.x86 import decode as d
-from kvmsim.engine.x86 import delivery, instructions, mmio, paging, sites
+from kvmsim.engine.base import BusLock, Executing, InKernel, InternalError, IrqWindow, Shutdown
+from kvmsim.engine.x86 import debugger, delivery, exits
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.backend import CODE_BYTES, Unicorn
 from kvmsim.engine.x86.branches import BranchFeed
 from kvmsim.engine.x86.cpu import Cpu
-from kvmsim.engine.x86.delivery import AC, DB, UD, Event, Fault, TripleFault, Unsupported
-from kvmsim.engine.x86.memory import Memory, NoMemory
+from kvmsim.engine.x86.delivery import Event, TripleFault, Unsupported
+from kvmsim.engine.x86.memory import Memory
 from kvmsim.engine.x86.meter import Meter
 from kvmsim.engine.x86.operands import Operands
-from kvmsim.engine.x86.sites import Kind, Site
+from kvmsim.engine.x86.watch import Watch, Why
 
 if TYPE_CHECKING:
     from kvmsim.engine.base import Stop
@@ -45,26 +40,9 @@ if TYPE_CHECKING:
 SLICE_BYTES = 12_000_000
 BYTES_PER_NS = 12
 BUS_LOCK_NS = 333
-PAGE = 4096
-DR6_BS = 1 << 14
-STI, SYSCALL, SYSENTER, WRMSR = 0xFB, 0x0F05, 0x0F34, 0x0F30
-#: Whether the last exception came of an INT instruction; a 32-bit word of the emulator's state.
-EXCEPTION_IS_INT = 5388 // 4
-#: What an exception, or an instruction the engine executes, costs, in bytes of code.
-EXIT_BYTES = 400
-
-
-class Why(Enum):
-    """Why the emulator stopped."""
-
-    NOTHING = auto()
-    NEW_SITES = auto()
-    SITE = auto()  # an instruction the engine executes or refuses
-    LOCK = auto()  # fault-like: in front of a bus lock
-    LOCKED = auto()  # trap-like: behind one
-    INTERRUPT = auto()
-    INVALID = auto()
-    ACCESS = auto()  # memory that is not there
+#: Ends of execution that concern nothing of KVM's: ``work`` goes on after them.
+_OWN_BUSINESS = frozenset({Why.NEW_SITES, Why.INVALID, Why.LOCK, Why.LOCKED})
+_KVMS_EXCEPTIONS = frozenset({delivery.DB, delivery.BP})
 
 
 class X86Vm:
@@ -76,7 +54,15 @@ class X86Vm:
         slice_bytes: bytes of code a vCPU executes at most before it stops for no other reason. It
             must be more than any block of the guest's has, or the guest gets nowhere; a page is
             enough.
+        inline_bytes: bytes of code after which :meth:`run` leaves the rest to :meth:`work`; None:
+            it never does.
+        paced: stops say how much guest time passed. Otherwise time passes by itself.
         code_bytes: room for translated code; see ``Unicorn``.
+
+    Attributes:
+        memory: guest-physical memory.
+        policy: see above.
+        live: registers of the vCPU that is in the emulator.
 
     Raises:
         ConfigError: Unicorn is not there, or another release.
@@ -88,33 +74,30 @@ class X86Vm:
         policy: Policy,
         *,
         slice_bytes: int = SLICE_BYTES,
+        inline_bytes: int | None = None,
+        paced: bool = True,
         code_bytes: int = CODE_BYTES,
     ) -> None:
         self.policy = policy
-        self.memory = Memory(slots)
+        self.memory = Memory([])
         self.slice_bytes = slice_bytes
+        self.inline_bytes = inline_bytes
+        self.paced = paced
         self.unicorn = Unicorn(code_bytes)
         self._blank = bytes(self.unicorn.env)
-        self._live = r.Registers(self.unicorn.env)
-        self._q = self._live.q
+        self.live = r.Registers(self.unicorn.env)
         self._current: Cpu | None = None
         self._stale_translations = False
         self.meter = Meter(self.unicorn)
-        self._sites: dict[int, Site] = {}
-        self._operands = Operands(self._live, self.memory)
-        self._watched: dict[int, tuple[memoryview, bytes]] = {}
-        self._pending: Site | None = None
-        self._pending_rip = 0
-        self._why = Why.NOTHING
-        self._site: Site | None = None
-        self._vector = 0
-        self._new_code: list[tuple[int, int]] = []
-        self._flush_code = False
-        self._fell_short = False
-        self._branches = BranchFeed(self)
-        self.access: tuple[int, int, int, int] | None = None
-        self.stepping = False
-        self._install()
+        self._operands = Operands(self.live, self.memory)
+        self.branches = BranchFeed(self)
+        self.watch = Watch(self, self._operands)
+        self._on_access = self.unicorn.memory_callback(self.watch.on_access)
+        self._access_hooks: dict[tuple[int, int], int] = {}
+        #: vCPUs whose turn to execute in work() has not ended.
+        self._out: set[Cpu] = set()
+        self._working: Cpu | None = None
+        self.set_slots(slots)
 
     def add_cpu(self) -> Cpu:
         """Make a vCPU, in its state after power-on."""
@@ -124,24 +107,44 @@ class X86Vm:
         """Free the emulator; vCPUs keep their saved state."""
         if self._current is not None:
             self._save()
-        self._live = r.Registers(memoryview(bytearray(self._blank)))
-        self._q = self._live.q
+        self.live = r.Registers(memoryview(bytearray(self._blank)))
         self.unicorn.close()
 
-    def _install(self) -> None:
-        unicorn = self.unicorn
-        for slot in self.memory.slots:
-            unicorn.map(slot.gpa, len(slot.memory), slot.address, writable=not slot.read_only)
-        unicorn.hook_interrupts(self._on_interrupt)
-        unicorn.hook_invalid(self._on_invalid)
-        unicorn.hook_blocks_made(self._on_block_made)
-        # Bounded to where there is no memory: a hook over memory makes every store there slow.
-        callback = unicorn.memory_callback(self._on_access)
-        for begin, end in self.memory.holes():
-            unicorn.hook_memory(callback, begin, end)
-        for slot in self.memory.slots:
-            if slot.read_only:
-                unicorn.hook_memory(callback, slot.gpa, slot.end - 1)
+    # -- memory ----------------------------------------------------------------------------------
+
+    def set_slots(self, slots: list[Slot]) -> None:
+        """Have other memory from here on. Not while a vCPU executes.
+
+        Args:
+            slots: all of it. A slot that is what one of the present ones is stays as it is.
+        """
+        known = {slot.key: slot for slot in self.memory.slots}
+        slots = [known.get(slot.key, slot) for slot in slots]
+        kept = {slot.key for slot in slots}
+        gone = [slot for slot in self.memory.slots if slot.key not in kept]
+        added = [slot for slot in slots if slot.key not in known]
+        if not gone and not added:
+            return
+        for slot in gone:
+            self.unicorn.unmap(slot.gpa, len(slot.memory))
+        self.memory.replace(slots)
+        for slot in added:
+            self.unicorn.map(slot.gpa, len(slot.memory), slot.address, writable=not slot.read_only)
+        self._hook_accesses()
+        self.watch.forget_code()
+        self.translation_changed()
+
+    def _hook_accesses(self) -> None:
+        """Be told of accesses to where there is no memory, and of writes to read-only memory.
+
+        Bounded to those: a hook over memory makes every store there slow.
+        """
+        read_only = [(slot.gpa, slot.end - 1) for slot in self.memory.slots if slot.read_only]
+        wanted = {*self.memory.holes(), *read_only}
+        for bounds in self._access_hooks.keys() - wanted:
+            self.unicorn.unhook(self._access_hooks.pop(bounds))
+        for bounds in wanted - self._access_hooks.keys():
+            self._access_hooks[bounds] = self.unicorn.hook_memory(self._on_access, *bounds)
 
     # -- whose registers are where ---------------------------------------------------------------
 
@@ -151,7 +154,7 @@ class X86Vm:
             if self._current is not None:
                 self._save()
             self.unicorn.env[:] = cpu.saved
-            cpu.use(self._live)
+            cpu.use(self.live)
             self._current = cpu
             self.translation_changed()
         if self._stale_translations:
@@ -168,12 +171,12 @@ class X86Vm:
     @property
     def mode(self) -> int:
         """Bits of the code segment of the vCPU that executes."""
-        return self._live.mode
+        return self.live.mode
 
     @property
     def linear_rip(self) -> int:
         """Linear address of that vCPU's next instruction."""
-        return self._live.linear_rip
+        return self.live.linear_rip
 
     def translation_changed(self) -> None:
         """Address translation is another from now on."""
@@ -184,214 +187,66 @@ class X86Vm:
         """Memory types are others from now on."""
         self._operands.forget()
 
-    # -- callbacks of the emulator; they may only take notes and stop ------------------------------
-
-    def _stop(self, why: Why) -> None:
-        self._why = why
-        self.unicorn.stop()
-
-    def _hook(self, site: Site) -> None:
-        """Have the emulator stop by at a site from now on."""
-        watch = site.watch
-        if watch is not None:
-            site.calm = self._operands.calm
-            self.unicorn.hook_code(watch(self._q, site, self._look), site.address)
-        elif site.kind is Kind.NEXT:
-            self.unicorn.hook_code(lambda: self._behind(site), site.address)
-        else:
-            self.unicorn.hook_code(lambda: self._look(site), site.address)
-
-    def _behind(self, site: Site) -> None:
-        """Execution gets to where a bus lock may just have been taken."""
-        if self._pending is not None and not self.stepping:
-            self._why = Why.LOCKED
-            self.unicorn.stop()
-        elif site.kind is not Kind.NEXT:
-            self._look(site)
-
-    def _look(self, site: Site) -> None:
-        if self.stepping:
-            return
-        pending = self._pending
-        if pending is not None:
-            if site.address != pending.address:
-                self._stop(Why.LOCKED)
-                return
-            self._pending = None
-        if site.ambiguous:
-            found = self._site_now(site.address)
-            if found is None:
-                return
-            site = found
-        kind = site.kind
-        if kind is Kind.LOCK:
-            self._look_at_lock(site)
-        elif kind is Kind.MAPPING:
-            self.forget_types()
-        elif kind is Kind.SENSITIVE or kind is Kind.UNDEFINED or self._window_asked(site):
-            self._site = site
-            self._stop(Why.SITE)
-
-    def _window_asked(self, site: Site) -> bool:
-        cpu = self._current
-        if site.kind is not Kind.WINDOW or cpu is None:
-            return False
-        return cpu.wants_window or cpu.interrupt is not None
-
-    def _look_at_lock(self, site: Site) -> None:
-        assert site.locate is not None
-        cpu = self._current
-        assert cpu is not None
-        split, locks = self._operands.classify(cpu.mtrrs, site.locate(self._q), site.size)
-        if not locks:
-            return
-        if split and self.policy.split_lock_ac:
-            self._site = site
-            self._stop(Why.SITE)
-            return
-        self._site = site
-        if not self.policy.fault_like:
-            self._expect(site)
-            return
-        if cpu.admitted != site.address:
-            self._stop(Why.LOCK)
-            return
-        cpu.admitted = -1
-        cpu.bus_locks += 1
-
-    def _expect(self, site: Site) -> None:
-        """The instruction is about to take a bus lock; have somebody look behind it."""
-        following = self._sites.get(site.following)
-        if following is None:
-            following = self._sites[site.following] = Site(site.following, Kind.NEXT)
-            self._hook(following)
-            # Everything goes: the same code may be translated for other address spaces too.
-            self._flush_code = True
-            self._stop(Why.NEW_SITES)
-            return
-        following.calm = frozenset()
-        self._pending = site
-        self._pending_rip = self._live.rip
-
-    def _on_interrupt(self, vector: int) -> None:
-        self._vector = vector
-        self._stop(Why.INTERRUPT)
-
-    def _on_invalid(self) -> None:
-        self._stop(Why.INVALID)
-
-    def _on_access(self, kind: int, gpa: int, size: int, value: int) -> None:
-        self.access = (kind, gpa, size, value)
-        self._why = Why.ACCESS
-
-    def _on_block_made(self, address: int, size: int) -> None:
-        code = self.read_code(address, size)
-        self._branches.made(address, code)
-        met = any(at in self._sites for at in range(address, address + size))
-        if not met and not d.INTERESTING.search(code):
-            return
-        found = {site.address: site for site in sites.sites_in(code, address, self._live.mode)}
-        for at in range(address, address + size):
-            known = self._sites.get(at)
-            if known is None or (known.kind is Kind.NEXT and at not in found):
-                continue
-            if known.kind is Kind.NEXT:
-                # Its hook stays; what it looks at is the real thing now.
-                other = found.pop(at)
-                known.kind, known.found, known.mode = other.kind, other.found, other.mode
-                known.locate, known.room = other.locate, other.room
-            else:
-                self._compare(known, found.pop(at, None))
-        if not found:
-            return
-        for at, site in found.items():
-            self._sites[at] = site
-            self._hook(site)
-        self._new_code.append((address, address + size))
-        self._stop(Why.NEW_SITES)
-
-    def _compare(self, site: Site, other: Site | None) -> None:
-        """One address, met again in a block: is it the same instruction?"""
-        same = (
-            other is not None
-            and other.found is not None
-            and site.found is not None
-            and (site.found.code, site.mode) == (other.found.code, other.mode)
-        )
-        if not same:
-            # In another address space, or before the code was changed, something else was here.
-            site.ambiguous = True
-            site.calm = frozenset()
-
-    def read_code(self, address: int, size: int) -> bytes:
-        """Code at a linear address; its pages are watched for changes by the host from now on."""
-        code = b""
-        while len(code) < size:
-            at = address + len(code)
-            length = min(size - len(code), PAGE - at % PAGE)
-            try:
-                gpa = paging.translate(self._live, self.memory, at, touch=False).gpa
-                code += self.memory.read(gpa, length)
-                self._watch(gpa & -PAGE)
-            except (paging.PageFault, NoMemory):
-                break
-        return code
-
-    def _watch(self, page: int) -> None:
-        slot = self.memory.find(page)
-        if page not in self._watched and slot is not None:
-            view = slot.memory[page - slot.gpa : page - slot.gpa + PAGE]
-            self._watched[page] = (view, bytes(view))
-
-    def _site_now(self, address: int) -> Site | None:
-        """What is at an address at this moment."""
-        code = self.read_code(address, d.MAX_LENGTH)
-        found = d.decode(code, 0, self._live.mode)
-        kind = None if found is None else sites.kind_of(found)
-        if found is None or kind is None:
-            return None
-        site = sites.make(address, kind, found, self._live.mode)
-        site.ambiguous = True
-        return site
-
     # -- running -----------------------------------------------------------------------------------
 
-    def run(self, cpu: Cpu) -> Stop:
+    def run(self, cpu: Cpu, allowance_ns: int | None = None) -> Stop:
         """Execute a vCPU until something stops it.
+
+        Args:
+            cpu: the vCPU.
+            allowance_ns: guest time after which it stops in any case.
 
         Returns:
             The stop. RIP is where the stop says: at the instruction for ports, MMIO and fault-like
             bus locks, behind it for HLT and trap-like ones. ``after_ns`` is guest time since the
             last stop; ``insn_len`` is always 0, for RIP is right already.
         """
-        if cpu.pending and not cpu.stops:
+        if self.must_wait(cpu):
+            return self._hand_out(cpu)
+        if cpu.pending and not cpu.stops and cpu.left is None:
             msg = "the last stop was not completed"
             raise RuntimeError(msg)
+        self._out.discard(cpu)
         self.load(cpu)
-        self._check_code()
-        self._branches.watch(cpu)
-        began_ns = cpu.guest_ns
-        self.meter.start(self.slice_bytes)
-        stop = self._run(cpu)
-        cpu.guest_ns += self.meter.used() // BYTES_PER_NS
+        self.watch.check_code()
+        self.branches.watch(cpu)
+        stop = self._run(cpu, allowance_ns)
         if isinstance(stop, BusLock) or stop.bus_lock:
             cpu.guest_ns += BUS_LOCK_NS
         stop.cpl = cpu.registers.cpl
-        stop.after_ns = cpu.guest_ns - began_ns
+        stop.after_ns = cpu.guest_ns - cpu.stopped_ns if self.paced else 0
+        cpu.stopped_ns = cpu.guest_ns
+        if self._out and cpu not in self._out:
+            # KVM may look at it while another one executes.
+            self._save()
         return stop
 
-    def _run(self, cpu: Cpu) -> Stop:
+    def _run(self, cpu: Cpu, allowance_ns: int | None) -> Stop:
+        given = self.slice_bytes
+        if allowance_ns is not None:
+            given = min(given, allowance_ns * BYTES_PER_NS)
+        inline = given if self.inline_bytes is None else min(given, self.inline_bytes)
+        self.meter.start(inline)
+        try:
+            stop = self._until_stop(cpu)
+        finally:
+            cpu.guest_ns += self.meter.used() // BYTES_PER_NS
+        if stop is not None:
+            return stop
+        return InKernel() if inline == given else self._hand_out(cpu)
+
+    def _until_stop(self, cpu: Cpu) -> Stop | None:
+        """The next stop; None: the allowance is used up before."""
         while True:
             if cpu.stops:
                 return cpu.stops.pop(0)
-            if self.meter.expired():
-                return InKernel()
-            try:
+            if cpu.left is not None:
+                (why, status), cpu.left = cpu.left, None
+                stop = exits.ended(self, cpu, why, status)
+            elif self.meter.expired():
+                return None
+            else:
                 stop = self._deliver(cpu) or self._step(cpu)
-            except TripleFault:
-                return Shutdown()
-            except Unsupported:
-                return InternalError(suberror=3)
             if stop is not None:
                 return stop
 
@@ -400,199 +255,95 @@ class X86Vm:
         if cpu.interrupt is not None and cpu.interruptible:
             cpu.queue(Event(cpu.interrupt, external=True))
             cpu.interrupt = None
-        while cpu.events:
-            event = cpu.events.pop(0)
-            source = cpu.registers.linear_rip - event.length
-            delivery.inject(cpu.registers, self.memory, event)
-            self._branches.far(source, cpu.registers.linear_rip)
+        try:
+            self._inject(cpu)
+        except TripleFault:
+            return Shutdown()
+        except Unsupported:
+            return InternalError(suberror=3)
         if cpu.wants_window and cpu.interruptible:
             cpu.wants_window = False
             return IrqWindow()
         return None
 
+    def _inject(self, cpu: Cpu) -> None:
+        while cpu.events:
+            event = cpu.events.pop(0)
+            source = cpu.registers.linear_rip - event.length
+            delivery.inject(cpu.registers, self.memory, event)
+            self.branches.far(source, cpu.registers.linear_rip)
+
     def _step(self, cpu: Cpu) -> Stop | None:
         """Execute until the emulator stops; None: it goes on."""
         if cpu.single_step:
-            return self._step_for_debugger(cpu)
-        why, status = self.execute(cpu)
-        taken = self._take(cpu)
-        if taken is not None:
-            if why is Why.INTERRUPT and self._vector == DB:
-                self._trap(cpu)  # it would not come again
-            return taken
-        if why is Why.NOTHING:
-            if self.meter.expired():
-                return None
-            # HLT is a site and never gets here.
-            return InternalError(suberror=1, data=(status, cpu.registers.linear_rip))
-        return self.handle(cpu, why)
+            return debugger.step(self, cpu)
+        return exits.ended(self, cpu, *self.watch.execute(cpu))
 
-    def execute(self, cpu: Cpu) -> tuple[Why, int]:
-        """Let the emulator run once; why it stopped and its error number."""
-        self._why = Why.NOTHING
-        self._site = None
-        status = self.unicorn.start(cpu.registers.rip)
-        cpu.registers.settle_flags(self.unicorn.flags())
-        if self._flush_code:
-            self.unicorn.flush_code()
-            self._flush_code = False
-        if self._new_code:
-            for begin, end in self._new_code:
-                self.unicorn.drop_code(begin, end)
-            self._new_code.clear()
-        self._branches.stopped()
-        return self._why, status
+    # -- running in another thread -----------------------------------------------------------------
 
-    def _take(self, cpu: Cpu) -> Stop | None:
-        """A bus lock that was expected: taken, if RIP went on."""
-        pending, self._pending = self._pending, None
-        self._fell_short = pending is not None and cpu.registers.rip == self._pending_rip
-        if pending is None or self._fell_short:
-            return None
-        cpu.bus_locks += 1
-        return BusLock(cpl=cpu.registers.cpl)
+    def must_wait(self, cpu: Cpu) -> bool:
+        """Whether a vCPU has to wait for its turn: others' turns may be under way."""
+        return bool(self._out) and cpu not in self._out
 
-    def handle(self, cpu: Cpu, why: Why) -> Stop | None:
-        """What an end of execution means; None: the guest goes on."""
-        stop: Stop | None = None
-        if why is not Why.NEW_SITES:
-            self.meter.charge(EXIT_BYTES)
-        if why is Why.LOCK:
-            site = self._site
-            assert site is not None
-            cpu.admitted = site.address
-            return BusLock(cpl=cpu.registers.cpl)
-        if why is Why.SITE:
-            stop = self._at_site(cpu)
-        elif why is Why.INTERRUPT:
-            self._interrupted(cpu)
-        elif why is Why.INVALID:
-            cpu.queue(Event(UD))
-        elif why is Why.ACCESS:
-            stop = mmio.stopped(self, cpu)
-            if self._fell_short:
-                # Locked before it turned out that nothing answers: the lock rides on the exit.
-                stop.bus_lock = True
-                cpu.bus_locks += 1
-        return stop
+    def _hand_out(self, cpu: Cpu) -> Executing:
+        cpu.kicked = cpu.worked = False
+        work = self._no_work if self.must_wait(cpu) else self.work
+        self._out.add(cpu)
+        return Executing(work=lambda: work(cpu), kick=lambda: self.kick(cpu))
 
-    def _at_site(self, cpu: Cpu) -> Stop | None:
-        site = self._site
-        assert site is not None
-        assert site.found is not None
-        if site.kind is Kind.UNDEFINED:
-            cpu.queue(Event(UD))
-        elif site.kind is Kind.LOCK:
-            cpu.queue(Event(AC))
-        elif site.kind is Kind.WINDOW:
-            why = self.single(cpu, restores_flags=site.found.opcode != STI)
-            return None if why is Why.NOTHING else self.handle(cpu, why)
-        else:
-            return self._execute_site(cpu, site)
-        return None
+    def _no_work(self, cpu: Cpu) -> None:
+        """It was the turn of others when this vCPU asked; now :meth:`run` executes it."""
 
-    def _execute_site(self, cpu: Cpu, site: Site) -> Stop | None:
-        assert site.found is not None
-        if site.found.locked:
-            cpu.queue(Event(UD))
-            return None
-        traps = cpu.registers.flags & r.FLAG_TF
-        at = cpu.registers.linear_rip
-        try:
-            stop = instructions.execute(cpu, site.found)
-        except Fault as fault:
-            self.raise_fault(cpu, fault)
-            return None
-        if site.found.opcode in {SYSCALL, SYSENTER}:
-            self._branches.far(at, cpu.registers.linear_rip)
-        elif site.found.opcode == WRMSR:
-            self._branches.watch(cpu)
-        if traps and stop is None:
-            self._trap(cpu)
-        return stop
+    def work(self, cpu: Cpu) -> None:
+        """Execute a vCPU, in any thread, until KVM is wanted; :meth:`run` then goes on with it."""
+        cpu.worked = True
+        self.load(cpu)
+        self.meter.start(self.slice_bytes)
+        self._working = cpu
+        # Looked at behind the line above, kicks being lost otherwise: see kick().
+        while not cpu.kicked and not cpu.stops and cpu.left is None and not self.meter.expired():
+            stop = self._deliver(cpu)
+            if stop is not None:
+                cpu.stops.append(stop)
+            elif cpu.single_step:
+                break
+            else:
+                self._execute_aside(cpu)
+        self._working = None
+        cpu.guest_ns += self.meter.used() // BYTES_PER_NS
 
-    def raise_fault(self, cpu: Cpu, fault: Fault) -> None:
-        """Queue the exception of an instruction the engine executed."""
-        if fault.address is not None:
-            cpu.registers.cr2 = fault.address
-        cpu.queue(Event(fault.vector, fault.code))
+    def _execute_aside(self, cpu: Cpu) -> None:
+        why, status = self.watch.execute(cpu)
+        exception = why is Why.INTERRUPT and self.watch.vector not in _KVMS_EXCEPTIONS
+        if exception or why in _OWN_BUSINESS:
+            stop = exits.ended(self, cpu, why, status)
+            if stop is not None:
+                cpu.stops.append(stop)
+        elif why is not Why.NOTHING or not self.meter.expired() or self.watch.expects_lock:
+            cpu.left = (why, status)
 
-    def _interrupted(self, cpu: Cpu) -> None:
-        """An exception, or INT n with RIP behind it already."""
-        vector, registers = self._vector, cpu.registers
-        software = bool(registers.d[EXCEPTION_IS_INT])
-        if vector == DB and not software:
-            self._trap(cpu)
-            return
-        code = registers.error_code if vector in delivery.WITH_CODE and not software else 0
-        length = self._int_length(cpu, vector) if software else 0
-        cpu.queue(Event(vector, code, software=software, length=length))
+    def kick(self, cpu: Cpu) -> None:
+        """Make :meth:`work` end soon, or as soon as it begins; from any thread."""
+        cpu.kicked = True
+        if self._working is cpu:
+            self.meter.kick()
 
-    def _int_length(self, cpu: Cpu, vector: int) -> int:
-        """Bytes of the INT3, INTO or INT n just behind which RIP is."""
-        last = self.read_code(cpu.registers.linear_rip - 1, 1)
-        return 1 if (last, vector) in {(b"\xcc", delivery.BP), (b"\xce", delivery.OF)} else 2
-
-    def _trap(self, cpu: Cpu) -> None:
-        """A single step is over."""
-        cpu.registers.set_debug(6, cpu.registers.debug(6) | DR6_BS)
-        cpu.queue(Event(DB))
-
-    def _step_for_debugger(self, cpu: Cpu) -> Stop | None:
-        """Execute one instruction for a debugger in user space: it gets the #DB, not the guest."""
-        registers = cpu.registers
-        before, guests = registers.debug(6), registers.flags & r.FLAG_TF
-        registers.flags |= r.FLAG_TF
-        why, _status = self.execute(cpu)
-        registers.flags &= ~r.FLAG_TF | guests
-        taken = self._take(cpu)
-        over = Debug(exception=DB, dr6=DR6_BS, dr7=registers.debug(7))
-        if why is Why.INTERRUPT and self._vector == DB:
-            registers.set_debug(6, before)
-            if taken is not None:
-                cpu.stops.append(over)
-            return taken or over
-        if taken is not None or why in {Why.NEW_SITES, Why.NOTHING}:
-            return taken
-        at = registers.rip
-        stop = self.handle(cpu, why)
-        return over if stop is None and why is Why.SITE and registers.rip != at else stop
-
-    def single(self, cpu: Cpu, *, restores_flags: bool = False) -> Why:
-        """Execute one instruction, unseen by the sites.
-
-        Args:
-            cpu: whose.
-            restores_flags: the instruction loads the flags itself.
+    def withdraw(self, cpu: Cpu) -> bool:
+        """A vCPU leaves the guest for other reasons; what :meth:`work` came to is kept.
 
         Returns:
-            Why the emulator stopped before the instruction ended; NOTHING: it is done.
+            Whether it has executed since it was handed out. If not, others may be executing, and
+            nothing of the emulator may be touched.
         """
-        registers = cpu.registers
-        guests, before = registers.flags & r.FLAG_TF, registers.debug(6)
-        why = Why.NEW_SITES
-        while why is Why.NEW_SITES:
-            registers.flags |= r.FLAG_TF
-            self.stepping = True
-            try:
-                why, _status = self.execute(cpu)
-            finally:
-                self.stepping = False
-            if not restores_flags or why is not Why.INTERRUPT:
-                registers.flags &= ~r.FLAG_TF | guests
-        if why is Why.INTERRUPT and self._vector == DB and not registers.d[EXCEPTION_IS_INT]:
-            registers.set_debug(6, before)
-            if guests:
-                self._trap(cpu)
-            return Why.NOTHING
-        return why
-
-    # -- code changed by the host ------------------------------------------------------------------
-
-    def _check_code(self) -> None:
-        """Forget translations of code that user space has changed since it was translated."""
-        for view, copy in self._watched.values():
-            if bytes(view) != copy:
-                self.unicorn.flush_code()
-                self._watched.clear()
-                return
+        self._out.discard(cpu)
+        if not cpu.worked:
+            return False
+        left, cpu.left = cpu.left, None
+        if left is not None and (left[0] is Why.INTERRUPT or self.watch.expects_lock):
+            stop = exits.ended(self, cpu, *left)
+            if stop is not None:
+                cpu.stops.append(stop)
+        # Everything else is met again: RIP is at the instruction, which did nothing yet.
+        if self._out and self._current is cpu:
+            self._save()
+        return True

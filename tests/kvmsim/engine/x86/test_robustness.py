@@ -114,7 +114,7 @@ def test_the_meter_works_without_machine_code(guest):
     guest.long("eb fe")
     guest.vm.load(guest.cpu)
     guest.vm.meter.start(1 << 40)
-    guest.vm.execute(guest.cpu)
+    guest.vm.watch.execute(guest.cpu)
     assert meter.expired()
     assert 1000 < meter.used() <= 1004
 

@@ -1,0 +1,125 @@
+"""What the end of an execution means: an exception for the guest, or a stop for KVM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmsim.engine.base import BusLock, InternalError
+from kvmsim.engine.x86 import delivery, instructions, mmio, stepping
+from kvmsim.engine.x86 import registers as r
+from kvmsim.engine.x86.delivery import AC, DB, UD, Event, Fault
+from kvmsim.engine.x86.sites import Kind
+from kvmsim.engine.x86.stepping import EXCEPTION_IS_INT, trap
+from kvmsim.engine.x86.watch import Why
+
+if TYPE_CHECKING:
+    from kvmsim.engine.base import Stop
+    from kvmsim.engine.x86.cpu import Cpu
+    from kvmsim.engine.x86.sites import Site
+    from kvmsim.engine.x86.vm import X86Vm
+
+STI, SYSCALL, SYSENTER, WRMSR = 0xFB, 0x0F05, 0x0F34, 0x0F30
+#: What an exception, or an instruction the engine executes, costs, in bytes of code.
+EXIT_BYTES = 400
+
+
+def ended(vm: X86Vm, cpu: Cpu, why: Why, status: int) -> Stop | None:
+    """What the end of an execution means, bus lock taken or not; None: the guest goes on."""
+    taken = vm.watch.take(cpu)
+    if taken is not None:
+        if why is Why.INTERRUPT and vm.watch.vector == DB:
+            trap(cpu)  # it would not come again
+        return taken
+    if why is Why.NOTHING:
+        if vm.meter.expired():
+            return None
+        # HLT is a site and never gets here.
+        return InternalError(suberror=1, data=(status, cpu.registers.linear_rip))
+    return handle(vm, cpu, why)
+
+
+def handle(vm: X86Vm, cpu: Cpu, why: Why) -> Stop | None:
+    """What an end of execution means; None: the guest goes on."""
+    stop: Stop | None = None
+    if why is not Why.NEW_SITES:
+        vm.meter.charge(EXIT_BYTES)
+    if why is Why.LOCK:
+        site = vm.watch.site
+        assert site is not None
+        cpu.admitted = site.address
+        return BusLock(cpl=cpu.registers.cpl)
+    if why is Why.SITE:
+        stop = _at_site(vm, cpu)
+    elif why is Why.INTERRUPT:
+        _interrupted(vm, cpu)
+    elif why is Why.INVALID:
+        cpu.queue(Event(UD))
+    elif why is Why.ACCESS:
+        stop = mmio.stopped(vm, cpu)
+        if vm.watch.fell_short:
+            # Locked before it turned out that nothing answers: the lock rides on the exit.
+            stop.bus_lock = True
+            cpu.bus_locks += 1
+    return stop
+
+
+def _at_site(vm: X86Vm, cpu: Cpu) -> Stop | None:
+    site = vm.watch.site
+    assert site is not None
+    assert site.found is not None
+    if site.kind is Kind.UNDEFINED:
+        cpu.queue(Event(UD))
+    elif site.kind is Kind.LOCK:
+        cpu.queue(Event(AC))
+    elif site.kind is Kind.WINDOW:
+        why = stepping.single(vm, cpu, restores_flags=site.found.opcode != STI)
+        return None if why is Why.NOTHING else handle(vm, cpu, why)
+    else:
+        return _execute_site(vm, cpu, site)
+    return None
+
+
+def _execute_site(vm: X86Vm, cpu: Cpu, site: Site) -> Stop | None:
+    assert site.found is not None
+    if site.found.locked:
+        cpu.queue(Event(UD))
+        return None
+    traps = cpu.registers.flags & r.FLAG_TF
+    at = cpu.registers.linear_rip
+    try:
+        stop = instructions.execute(cpu, site.found)
+    except Fault as fault:
+        raise_fault(cpu, fault)
+        return None
+    if site.found.opcode in {SYSCALL, SYSENTER}:
+        vm.branches.far(at, cpu.registers.linear_rip)
+    elif site.found.opcode == WRMSR:
+        vm.branches.watch(cpu)
+    if traps and stop is None:
+        trap(cpu)
+    return stop
+
+
+def raise_fault(cpu: Cpu, fault: Fault) -> None:
+    """Queue the exception of an instruction the engine executed."""
+    if fault.address is not None:
+        cpu.registers.cr2 = fault.address
+    cpu.queue(Event(fault.vector, fault.code))
+
+
+def _interrupted(vm: X86Vm, cpu: Cpu) -> None:
+    """An exception, or INT n with RIP behind it already."""
+    vector, registers = vm.watch.vector, cpu.registers
+    software = bool(registers.d[EXCEPTION_IS_INT])
+    if vector == DB and not software:
+        trap(cpu)
+        return
+    code = registers.error_code if vector in delivery.WITH_CODE and not software else 0
+    length = _int_length(vm, cpu, vector) if software else 0
+    cpu.queue(Event(vector, code, software=software, length=length))
+
+
+def _int_length(vm: X86Vm, cpu: Cpu, vector: int) -> int:
+    """Bytes of the INT3, INTO or INT n just behind which RIP is."""
+    last = vm.watch.read_code(cpu.registers.linear_rip - 1, 1)
+    return 1 if (last, vector) in {(b"\xcc", delivery.BP), (b"\xce", delivery.OF)} else 2

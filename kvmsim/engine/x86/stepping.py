@@ -1,0 +1,55 @@
+"""One instruction at a time, by the trap flag: it leaves translated code as it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmsim.engine.x86 import registers as r
+from kvmsim.engine.x86.delivery import DB, Event
+from kvmsim.engine.x86.watch import Why
+
+if TYPE_CHECKING:
+    from kvmsim.engine.x86.cpu import Cpu
+    from kvmsim.engine.x86.vm import X86Vm
+
+DR6_BS = 1 << 14
+#: Whether the last exception came of an INT instruction; a 32-bit word of the emulator's state.
+EXCEPTION_IS_INT = 5388 // 4
+
+
+def trap(cpu: Cpu) -> None:
+    """A single step of the guest's own is over."""
+    cpu.registers.set_debug(6, cpu.registers.debug(6) | DR6_BS)
+    cpu.queue(Event(DB))
+
+
+def single(vm: X86Vm, cpu: Cpu, *, restores_flags: bool = False) -> Why:
+    """Execute one instruction, unseen by the sites.
+
+    Args:
+        vm: the VM.
+        cpu: whose.
+        restores_flags: the instruction loads the flags itself.
+
+    Returns:
+        Why the emulator stopped before the instruction ended; NOTHING: it is done.
+    """
+    watch, registers = vm.watch, cpu.registers
+    guests, before = registers.flags & r.FLAG_TF, registers.debug(6)
+    why = Why.NEW_SITES
+    while why is Why.NEW_SITES:
+        registers.flags |= r.FLAG_TF
+        watch.stepping = True
+        try:
+            why, _status = watch.execute(cpu)
+        finally:
+            watch.stepping = False
+        if not restores_flags or why is not Why.INTERRUPT:
+            registers.flags &= ~r.FLAG_TF | guests
+    software = registers.d[EXCEPTION_IS_INT]
+    if why is Why.INTERRUPT and watch.vector == DB and not software:
+        registers.set_debug(6, before)
+        if guests:
+            trap(cpu)
+        return Why.NOTHING
+    return why

@@ -1,0 +1,302 @@
+"""What is watched while a guest executes: its sites, its exceptions, its accesses to no memory.
+
+Everything here happens inside callbacks of the emulator, which may only take notes and stop: the
+engine acts on the notes when the emulator has returned. They may come in another thread than
+KVM's, and touch nothing of KVM's.
+
+How a bus lock is found: a callback before each locked instruction computes the address of its
+operand. Where the operand stays within a cache line of memory known to be write-back, that is all.
+Else, if the page tables let the access happen, it will be a bus lock:
+
+* trap-like: a callback before the *next* instruction stops the guest, the lock just taken;
+* fault-like: the guest stops in front, and passes once the lock is admitted.
+
+A fault of the locked instruction itself leaves RIP on it, which is how a lock that was not taken is
+told from one that was. Translated blocks come to know a new callback only by being dropped.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from kvmsim.engine.base import BusLock
+from kvmsim.engine.x86 import decode as d
+from kvmsim.engine.x86 import paging, sites
+from kvmsim.engine.x86.memory import NoMemory
+from kvmsim.engine.x86.sites import Kind, Site
+
+if TYPE_CHECKING:
+    from kvmsim.engine.x86.cpu import Cpu
+    from kvmsim.engine.x86.operands import Operands
+    from kvmsim.engine.x86.vm import X86Vm
+
+PAGE = 4096
+
+
+class Why(Enum):
+    """Why the emulator stopped."""
+
+    NOTHING = auto()
+    NEW_SITES = auto()
+    SITE = auto()  # an instruction the engine executes or refuses
+    LOCK = auto()  # fault-like: in front of a bus lock
+    LOCKED = auto()  # trap-like: behind one
+    INTERRUPT = auto()
+    INVALID = auto()
+    ACCESS = auto()  # memory that is not there
+
+
+class Watch:
+    """The notes of one VM's emulator.
+
+    Args:
+        vm: the VM.
+        operands: memory types of locked operands.
+
+    Attributes:
+        site: the site at which the emulator stopped.
+        vector: of the exception that stopped it.
+        access: kind, guest-physical address, size and value of the access that did.
+        stepping: sites are passed without a look.
+        fell_short: a bus lock was expected and not taken.
+    """
+
+    def __init__(self, vm: X86Vm, operands: Operands) -> None:
+        self._vm = vm
+        self._unicorn = vm.unicorn
+        self._live = vm.live
+        self._q = vm.live.q
+        self._operands = operands
+        self._sites: dict[int, Site] = {}
+        self._pages: dict[int, tuple[memoryview, bytes]] = {}
+        self._pending: Site | None = None
+        self._pending_rip = 0
+        self._why = Why.NOTHING
+        self._new_code: list[tuple[int, int]] = []
+        self._flush_code = False
+        self._cpu: Cpu | None = None
+        self.site: Site | None = None
+        self.vector = 0
+        self.access: tuple[int, int, int, int] | None = None
+        self.stepping = False
+        self.fell_short = False
+        vm.unicorn.hook_interrupts(self._on_interrupt)
+        vm.unicorn.hook_invalid(self._on_invalid)
+        vm.unicorn.hook_blocks_made(self._on_block_made)
+
+    # -- executing ---------------------------------------------------------------------------------
+
+    def execute(self, cpu: Cpu) -> tuple[Why, int]:
+        """Let the emulator run once; why it stopped and its error number."""
+        self._cpu = cpu
+        self._why = Why.NOTHING
+        self.site = None
+        status = self._unicorn.start(cpu.registers.rip)
+        cpu.registers.settle_flags(self._unicorn.flags())
+        if self._flush_code:
+            self._unicorn.flush_code()
+            self._flush_code = False
+        if self._new_code:
+            for begin, end in self._new_code:
+                self._unicorn.drop_code(begin, end)
+            self._new_code.clear()
+        self._vm.branches.stopped()
+        return self._why, status
+
+    def take(self, cpu: Cpu) -> BusLock | None:
+        """A bus lock that was expected: taken, if RIP went on."""
+        pending, self._pending = self._pending, None
+        self.fell_short = pending is not None and cpu.registers.rip == self._pending_rip
+        if pending is None or self.fell_short:
+            return None
+        cpu.bus_locks += 1
+        return BusLock(cpl=cpu.registers.cpl)
+
+    # -- callbacks; they may only take notes and stop ---------------------------------------------
+
+    def _stop(self, why: Why) -> None:
+        self._why = why
+        self._unicorn.stop()
+
+    def _hook(self, site: Site) -> None:
+        """Have the emulator stop by at a site from now on."""
+        watch = site.watch
+        if watch is not None:
+            site.calm = self._operands.calm
+            self._unicorn.hook_code(watch(self._q, site, self._look), site.address)
+        elif site.kind is Kind.NEXT:
+            self._unicorn.hook_code(lambda: self._behind(site), site.address)
+        else:
+            self._unicorn.hook_code(lambda: self._look(site), site.address)
+
+    def _behind(self, site: Site) -> None:
+        """Execution gets to where a bus lock may just have been taken."""
+        if self._pending is not None and not self.stepping:
+            self._why = Why.LOCKED
+            self._unicorn.stop()
+        elif site.kind is not Kind.NEXT:
+            self._look(site)
+
+    def _look(self, site: Site) -> None:
+        if self.stepping:
+            return
+        pending = self._pending
+        if pending is not None:
+            if site.address != pending.address:
+                self._stop(Why.LOCKED)
+                return
+            self._pending = None
+        if site.ambiguous:
+            found = self._site_now(site.address)
+            if found is None:
+                return
+            site = found
+        kind = site.kind
+        if kind is Kind.LOCK:
+            self._look_at_lock(site)
+        elif kind is Kind.MAPPING:
+            self._operands.forget()
+        elif kind is Kind.SENSITIVE or kind is Kind.UNDEFINED or self._window_asked(site):
+            self.site = site
+            self._stop(Why.SITE)
+
+    def _window_asked(self, site: Site) -> bool:
+        cpu = self._cpu
+        if site.kind is not Kind.WINDOW or cpu is None:
+            return False
+        return cpu.wants_window or cpu.interrupt is not None
+
+    def _look_at_lock(self, site: Site) -> None:
+        assert site.locate is not None
+        cpu = self._cpu
+        assert cpu is not None
+        split, locks = self._operands.classify(cpu.mtrrs, site.locate(self._q), site.size)
+        if not locks:
+            return
+        if split and self._vm.policy.split_lock_ac:
+            self.site = site
+            self._stop(Why.SITE)
+            return
+        self.site = site
+        if not self._vm.policy.fault_like:
+            self._expect(site)
+            return
+        if cpu.admitted != site.address:
+            self._stop(Why.LOCK)
+            return
+        cpu.admitted = -1
+        cpu.bus_locks += 1
+
+    def _expect(self, site: Site) -> None:
+        """The instruction is about to take a bus lock; have somebody look behind it."""
+        following = self._sites.get(site.following)
+        if following is None:
+            following = self._sites[site.following] = Site(site.following, Kind.NEXT)
+            self._hook(following)
+            # Everything goes: the same code may be translated for other address spaces too.
+            self._flush_code = True
+            self._stop(Why.NEW_SITES)
+            return
+        following.calm = frozenset()
+        self._pending = site
+        self._pending_rip = self._live.rip
+
+    def _on_interrupt(self, vector: int) -> None:
+        self.vector = vector
+        self._stop(Why.INTERRUPT)
+
+    def _on_invalid(self) -> None:
+        self._stop(Why.INVALID)
+
+    def on_access(self, kind: int, gpa: int, size: int, value: int) -> None:
+        """An access does not go through."""
+        self.access = (kind, gpa, size, value)
+        self._why = Why.ACCESS
+
+    def _on_block_made(self, address: int, size: int) -> None:
+        code = self.read_code(address, size)
+        self._vm.branches.made(address, code)
+        met = any(at in self._sites for at in range(address, address + size))
+        if not met and not d.INTERESTING.search(code):
+            return
+        found = {site.address: site for site in sites.sites_in(code, address, self._live.mode)}
+        for at in range(address, address + size):
+            known = self._sites.get(at)
+            if known is None or (known.kind is Kind.NEXT and at not in found):
+                continue
+            if known.kind is Kind.NEXT:
+                # Its hook stays; what it looks at is the real thing now.
+                other = found.pop(at)
+                known.kind, known.found, known.mode = other.kind, other.found, other.mode
+                known.locate, known.room = other.locate, other.room
+            else:
+                self._compare(known, found.pop(at, None))
+        if not found:
+            return
+        for at, site in found.items():
+            self._sites[at] = site
+            self._hook(site)
+        self._new_code.append((address, address + size))
+        self._stop(Why.NEW_SITES)
+
+    def _compare(self, site: Site, other: Site | None) -> None:
+        """One address, met again in a block: is it the same instruction?"""
+        same = (
+            other is not None
+            and other.found is not None
+            and site.found is not None
+            and (site.found.code, site.mode) == (other.found.code, other.mode)
+        )
+        if not same:
+            # In another address space, or before the code was changed, something else was here.
+            site.ambiguous = True
+            site.calm = frozenset()
+
+    def read_code(self, address: int, size: int) -> bytes:
+        """Code at a linear address; its pages are watched for changes by the host from now on."""
+        code = b""
+        while len(code) < size:
+            at = address + len(code)
+            length = min(size - len(code), PAGE - at % PAGE)
+            try:
+                gpa = paging.translate(self._live, self._vm.memory, at, touch=False).gpa
+                code += self._vm.memory.read(gpa, length)
+                self._keep(gpa & -PAGE)
+            except (paging.PageFault, NoMemory):
+                break
+        return code
+
+    def _keep(self, page: int) -> None:
+        slot = self._vm.memory.find(page)
+        if page not in self._pages and slot is not None:
+            view = slot.memory[page - slot.gpa : page - slot.gpa + PAGE]
+            self._pages[page] = (view, bytes(view))
+
+    def _site_now(self, address: int) -> Site | None:
+        """What is at an address at this moment."""
+        code = self.read_code(address, d.MAX_LENGTH)
+        found = d.decode(code, 0, self._live.mode)
+        kind = None if found is None else sites.kind_of(found)
+        if found is None or kind is None:
+            return None
+        site = sites.make(address, kind, found, self._live.mode)
+        site.ambiguous = True
+        return site
+
+    @property
+    def expects_lock(self) -> bool:
+        """Whether a bus lock was about to be taken: :meth:`take` says whether it was."""
+        return self._pending is not None
+
+    def forget_code(self) -> None:
+        """Forget all translations and what was watched for their sake."""
+        self._unicorn.flush_code()
+        self._pages.clear()
+
+    def check_code(self) -> None:
+        """Forget translations of code that user space has changed since it was translated."""
+        for view, copy in self._pages.values():
+            if bytes(view) != copy:
+                self.forget_code()
+                return

@@ -1,0 +1,207 @@
+"""Execution in another thread, and memory that changes."""
+
+import mmap
+import threading
+
+import pytest
+
+from kvmsim.engine.base import BusLock, Executing, Hlt, InKernel, Io, Mmio
+from kvmsim.engine.x86 import registers as r
+from kvmsim.engine.x86.memory import Slot
+
+CODE, DATA = 0x1000, 0x8000
+HLT = "f4"
+SPIN = "48 ff c0 eb fb"  # l: inc rax; jmp l
+COUNT = "ff c9 75 fc f4"  # l: dec ecx; jnz l; hlt
+
+
+@pytest.fixture
+def aside(make_guest):
+    """A guest that executes 1,000 bytes of code inline and the rest elsewhere."""
+    return make_guest(inline_bytes=1000, paced=False)
+
+
+def until_stop(vm, cpu):
+    """Run a vCPU as an executor with one thread does."""
+    while isinstance(stop := vm.run(cpu), Executing):
+        stop.work()
+    return stop
+
+
+def test_short_way_to_a_stop_is_executed_inline(aside):
+    aside.long("90", HLT)
+    assert isinstance(aside.run(), Hlt)
+
+
+def test_long_way_to_a_stop_is_executed_in_work(aside):
+    aside.long(COUNT)
+    aside.q[r.RCX] = 10_000
+    stop = aside.run()
+    assert type(stop) is Executing
+    assert 9_000 < aside.q[r.RCX] < 10_000
+    thread = threading.Thread(target=stop.work)
+    thread.start()
+    thread.join(10)
+    assert isinstance(aside.run(), Hlt)
+    assert (aside.q[r.RCX], aside.r.rip) == (0, CODE + 5)
+
+
+def test_without_a_pace_no_stop_takes_time(aside):
+    aside.long(COUNT)
+    aside.q[r.RCX] = 100_000
+    assert until_stop(aside.vm, aside.cpu).after_ns == 0
+    assert aside.cpu.guest_ns > 0
+
+
+def test_paced_guest_counts_what_it_executes_in_work(make_guest):
+    times = []
+    for inline_bytes in (None, 1000):
+        guest = make_guest(inline_bytes=inline_bytes).long(COUNT)
+        guest.q[r.RCX] = 100_000
+        until_stop(guest.vm, guest.cpu)
+        times.append(guest.cpu.guest_ns)
+    assert times == [pytest.approx(400_000 // 12, rel=0.01)] * 2
+
+
+def test_kick_ends_work(aside):
+    stop = aside.long(SPIN).run()
+    thread = threading.Thread(target=stop.work)
+    thread.start()
+    stop.kick()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert type(aside.run()) is Executing
+
+
+def test_kick_before_work_begins_is_not_lost(aside):
+    stop = aside.long(SPIN).run()
+    before = aside.q[r.RAX]
+    stop.kick()
+    stop.work()
+    assert aside.q[r.RAX] == before
+
+
+def test_allowance_is_guest_time_after_which_the_guest_stops(make_guest):
+    guest = make_guest().long(SPIN)
+    stop = guest.vm.run(guest.cpu, 1000)
+    assert type(stop) is InKernel
+    assert 1000 <= stop.after_ns <= 1010
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "rip"),
+    [
+        ("e6 80 f4", Io, 5),
+        ("f0 ff 07 f4", BusLock, 8),
+        ("a3 00 00 10 00 00 00 00 00 f4", Mmio, 5),
+        ("f4", Hlt, 6),
+    ],
+)
+def test_stop_met_in_work_is_returned_by_the_next_run(aside, code, kind, rip):
+    aside.long("ff c9 75 fc 90", code)  # l: dec ecx; jnz l; nop
+    aside.q[r.RCX], aside.q[r.RDI] = 10_000, DATA + 62
+    assert type(aside.run()) is Executing
+    assert type(until_stop(aside.vm, aside.cpu)) is kind
+    assert aside.r.rip == CODE + rip
+
+
+def test_exceptions_of_the_guest_do_not_end_work(aside):
+    # Handler: inc rbx; iretq behind the ud2.
+    aside.long("0f 0b ff c9 75 fa f4").gate(6, 0x2000)  # l: ud2; dec ecx; jnz l; hlt
+    aside.put(0x2000, "48 ff c3 48 83 04 24 02 48 cf")
+    aside.q[r.RCX], aside.q[r.RBX] = 1000, 0
+    stop = aside.run()
+    assert type(stop) is Executing
+    stop.work()
+    assert isinstance(aside.run(), Hlt)
+    assert aside.q[r.RBX] == 1000
+
+
+def test_vcpu_that_leaves_after_work_keeps_the_bus_lock_it_took(aside):
+    aside.long("ff c9 75 fc", "f0 ff 07", HLT)
+    aside.q[r.RCX], aside.q[r.RDI] = 10_000, DATA + 62
+    stop = aside.run()
+    stop.work()
+    aside.vm.withdraw(aside.cpu)
+    assert isinstance(aside.run(), BusLock)
+    assert aside.word(DATA + 62) == 1
+
+
+def test_vcpu_that_leaves_in_front_of_a_port_comes_back_to_it(aside):
+    aside.long("ff c9 75 fc", "e6 80", HLT)
+    aside.q[r.RCX] = 10_000
+    aside.run().work()
+    aside.vm.withdraw(aside.cpu)
+    assert (aside.r.rip, aside.cpu.pending) == (CODE + 4, False)
+    assert isinstance(aside.run(), Io)
+
+
+def test_second_vcpu_waits_for_its_turn(aside):
+    aside.long(SPIN)
+    other = aside.vm.add_cpu()
+    first = aside.run()
+    waiting = aside.vm.run(other)
+    assert type(waiting) is Executing
+    waiting.work()
+    assert other.registers.rip == 0xFFF0
+    first.kick()
+    first.work()
+    assert type(aside.run()) is Executing
+
+
+def test_two_vcpus_in_turns_lose_nothing(aside):
+    aside.long("ff 07 ff c9 75 fa f4")  # l: inc dword [rdi]; dec ecx; jnz l; hlt
+    other = aside.vm.add_cpu()
+    other.saved[:] = aside.cpu.saved
+    other.use_saved()
+    cpus = [aside.cpu, other]
+    for cpu in cpus:
+        cpu.registers.q[r.RCX], cpu.registers.q[r.RDI] = 50_000, DATA
+    turns = [(cpu, aside.vm.run(cpu)) for cpu in cpus]
+    halted = 0
+    while turns:
+        cpu, stop = turns.pop(0)
+        if isinstance(stop, Hlt):
+            halted += 1
+            continue
+        stop.work()
+        turns.append((cpu, aside.vm.run(cpu)))
+    assert (halted, aside.word(DATA)) == (2, 100_000)
+
+
+def test_memory_that_comes_and_goes_is_seen_by_the_guest(guest):
+    guest.long("a0 00 00 10 00 00 00 00 00", HLT)  # mov al, [0x100000]
+    more = mmap.mmap(-1, 0x1000)
+    more[0] = 0x77
+    guest.set_word(0x10000 + 3 * 4096 + 0x100 * 8, 0x100007)
+    slots = list(guest.vm.memory.slots)
+    assert isinstance(guest.run(), Mmio)
+    guest.cpu.abandon()
+    guest.vm.set_slots([*slots, Slot(0x100000, memoryview(more))])
+    assert isinstance(guest.run(), Hlt)
+    assert guest.q[r.RAX] & 0xFF == 0x77
+    guest.vm.set_slots(slots)
+    guest.r.rip = CODE
+    assert isinstance(guest.run(), Mmio)
+
+
+def test_code_of_memory_that_was_replaced_is_forgotten(guest):
+    guest.long("b0 01", HLT)
+    guest.run()
+    other = mmap.mmap(-1, len(guest.ram))
+    other[:] = guest.ram[:]
+    other[CODE + 1] = 2
+    guest.vm.set_slots([Slot(0, memoryview(other))])
+    guest.r.rip = CODE
+    assert isinstance(guest.run(), Hlt)
+    assert guest.q[r.RAX] & 0xFF == 2
+
+
+def test_slot_that_becomes_read_only_sends_writes_out(guest):
+    guest.long("88 07", HLT)  # mov [rdi], al
+    guest.q[r.RDI] = DATA
+    slot = guest.vm.memory.slots[0]
+    guest.vm.set_slots([Slot(0, slot.memory, read_only=True)])
+    stop = guest.run()
+    assert isinstance(stop, Mmio)
+    assert stop.gpa == DATA
