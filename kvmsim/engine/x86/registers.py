@@ -99,7 +99,9 @@ class Registers:
         self.q[_CC_SRC // 8] = value & _STATUS_FLAGS
         self.d[_CC_OP // 4] = _CC_OP_EFLAGS
         self.d[_DF // 4] = U32 if value & FLAG_DF else 1
-        self.q[_EFLAGS // 8] = (value & _FLAGS_VALID & ~(_STATUS_FLAGS | FLAG_DF)) | 2
+        # The emulator begins every run with the status flags and DF it finds here, and overwrites
+        # the others (QEMU's target/i386/cpu.c, x86_cpu_exec_enter).
+        self.q[_EFLAGS // 8] = (value & _FLAGS_VALID) | 2
         self._update_hidden_flags()
 
     def settle_flags(self, value: int) -> None:
@@ -225,8 +227,9 @@ class Registers:
         return (self.rip + self.segment(CS).base) & U32
 
     def advance(self, length: int) -> None:
-        """RIP moves past an instruction; the interrupt shadow ends."""
+        """RIP moves past an instruction; the interrupt shadow and the resume flag end."""
         self.rip = (self.rip + length) & (U64 if self.mode == 64 else U32)
+        self.q[_EFLAGS // 8] &= ~FLAG_RF
         self.shadow = False
 
     @property
