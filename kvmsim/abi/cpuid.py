@@ -26,6 +26,7 @@ FEATURES: Final[Mapping[str, tuple[int, str, int]]] = {
     "ssse3": (1, "ecx", 9),
     "fma": (1, "ecx", 12),
     "cx16": (1, "ecx", 13),
+    "pdcm": (1, "ecx", 15),
     "pcid": (1, "ecx", 17),
     "sse4_1": (1, "ecx", 19),
     "sse4_2": (1, "ecx", 20),

@@ -10,6 +10,7 @@ all of them.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from kvmsim.host.presets import Preset
 
 INTEL_FAMILY = 6
+LOG_LINES = 1000
 #: ``IA32_PERF_CAPABILITIES[5:0]`` of processors with architectural records.
 FORMAT_ARCHITECTURAL = 0x3F
 
@@ -88,13 +90,15 @@ class LbrFacility:
     Attributes:
         taken: such a user is there.
         takeovers: how often one has come; an event made before has lost the facility for good.
+        log: what the kernel printed about guests that lost it, the last lines.
     """
 
-    __slots__ = ("taken", "takeovers")
+    __slots__ = ("log", "taken", "takeovers")
 
     def __init__(self) -> None:
         self.taken = False
         self.takeovers = 0
+        self.log: deque[str] = deque(maxlen=LOG_LINES)
 
     def take(self) -> None:
         """Such a user comes; nothing, if it is there already."""

@@ -78,6 +78,7 @@ def extensions(machine: Machine) -> dict[int, int]:
         caps.KVM_CAP_XSAVE2: 4096,
         caps.KVM_CAP_DISABLE_QUIRKS2: caps.KVM_X86_VALID_QUIRKS,
         caps.KVM_CAP_VM_TYPES: vm_types(machine),
+        caps.KVM_CAP_PMU_CAPABILITY: int(machine.preset.pmu is not None),
     }
     if has_private_memory(machine):
         values[caps.KVM_CAP_MEMORY_ATTRIBUTES] = 1 << 3
@@ -115,11 +116,13 @@ class VmSwitches:
         disabled_quirks: ``KVM_X86_QUIRK_*`` that are off.
         x2apic_api: ``KVM_X2APIC_API_*``.
         halt_poll_ns: longest time to poll before a halt; None: the module's.
+        platform_info: the guest may read MSR_PLATFORM_INFO.
     """
 
     __slots__ = (
         *("disabled_exits", "disabled_quirks", "exception_payload", "exit_on_emulation_failure"),
-        *("halt_poll_ns", "hypercall_exits", "triple_fault_event", "user_space_msr", "x2apic_api"),
+        *("halt_poll_ns", "hypercall_exits", "platform_info", "triple_fault_event"),
+        *("user_space_msr", "x2apic_api"),
     )
 
     def __init__(self, vm: Vm) -> None:
@@ -133,6 +136,7 @@ class VmSwitches:
         self.disabled_quirks = 0
         self.x2apic_api = 0
         self.halt_poll_ns: int | None = None
+        self.platform_info = True
 
 
 def of(vm: Vm) -> VmSwitches:
@@ -257,4 +261,12 @@ def set_halt_poll(vm: Vm, enable: KvmEnableCap, client: Client) -> int:
     """Any value, in nanoseconds."""
     del client
     of(vm).halt_poll_ns = enable.arg0
+    return 0
+
+
+@enables(caps.KVM_CAP_MSR_PLATFORM_INFO)
+def allow_platform_info(vm: Vm, enable: KvmEnableCap, client: Client) -> int:
+    """Whether the guest may read MSR_PLATFORM_INFO; any value."""
+    del client
+    of(vm).platform_info = bool(enable.arg0)
     return 0

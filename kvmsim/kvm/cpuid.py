@@ -2,7 +2,7 @@
 
 A machine shows the features of a plain server processor of its vendor (``kvmsim.abi.cpuid``), its
 preset's identity, and what the preset says about SEV and bus locks. There is no nested
-virtualisation, no PMU and no vector state beyond AVX.
+virtualisation and no vector state beyond AVX.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def supported(machine: Machine) -> tuple[Entry, ...]:
         Entry(4, flags=SIGNIFICANT_INDEX),
         Entry(6, eax=4),  # the APIC timer never stops
         replace(_features(machine, 7), flags=SIGNIFICANT_INDEX),
-        *(Entry(function) for function in (9, 0xA)),
+        Entry(9),
+        _monitoring_leaf(machine),
         Entry(0xB, flags=SIGNIFICANT_INDEX),
         *_xsave_leaves(machine),
         Entry(
@@ -127,6 +128,10 @@ def _features(machine: Machine, function: int) -> Entry:
     names = {*abi.COMMON_FEATURES, *abi.VENDOR_FEATURES[preset.vendor]}
     if preset.vendor == "intel" and preset.bus_lock.detect:
         names.add("bus_lock_detect")
+    if preset.pmu is not None:
+        names.add("pdcm")
+    if preset.rtm:
+        names.add("rtm")
     words = dict.fromkeys(("eax", "ebx", "ecx", "edx"), 0)
     for name in names:
         leaf, word, bit = abi.FEATURES[name]
@@ -135,6 +140,22 @@ def _features(machine: Machine, function: int) -> Entry:
     if function == 0x80000001 and _amd(machine):
         words["edx"] |= _features(machine, 1).edx & abi.AMD_REPEATED_EDX
     return Entry(function, **words)
+
+
+def _monitoring_leaf(machine: Machine) -> Entry:
+    """Leaf 0xA: counters of 48 bits and the seven architectural events.
+
+    Linux 6.12 pmu.h ``kvm_init_pmu_capability``: KVM shows version 2 at most.
+    """
+    pmu = machine.preset.pmu
+    if pmu is None:
+        return Entry(0xA)
+    anythread_deprecated = 1 << 15
+    return Entry(
+        0xA,
+        eax=min(pmu.version, 2) | pmu.counters << 8 | 48 << 16 | 7 << 24,
+        edx=pmu.fixed_counters | 48 << 5 | anythread_deprecated,
+    )
 
 
 def supported_xcr0(machine: Machine) -> int:
@@ -213,6 +234,15 @@ def guest_register(vcpu: Vcpu, function: int, name: str, index: int = 0) -> int:
         if get(entry, "function") == function and get(entry, "index") == index:
             return get(entry, name)
     return 0
+
+
+def guest_model(vcpu: Vcpu) -> int:
+    """Model number of a guest's processor; -1 without the leaf that says it."""
+    word = guest_register(vcpu, 1, "eax")
+    if not word:
+        return -1
+    extended = word >> 16 & 0xF if word >> 8 & 0xF >= 6 else 0
+    return word >> 4 & 0xF | extended << 4
 
 
 def guest_physical_bits(vcpu: Vcpu) -> int:

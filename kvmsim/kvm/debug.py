@@ -38,6 +38,7 @@ from kvmsim.kvm.events import DB_VECTOR
 if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import Call
     from kvmsim.kvm.events import QueuedException
+    from kvmsim.kvm.lbr import GuestLbr
     from kvmsim.kvm.vcpu import Vcpu
 
 DR6_ACTIVE_LOW = exits.DR6_ACTIVE_LOW
@@ -68,13 +69,15 @@ class GuestDebug:
         trap: payload of a #DB the processor still has to deliver, 0 without one.
         queued: some event waits for the next entry; ``kvmsim.kvm.events`` has it.
         delivered: #DBs the guest has got.
+        lbr: its last-branch records; None: it never used them.
     """
 
-    __slots__ = ("control", "debugctl", "delivered", "dr", "dr6", "dr7", "queued", "trap")
+    __slots__ = ("control", "debugctl", "delivered", "dr", "dr6", "dr7", "lbr", "queued", "trap")
 
     def __init__(self) -> None:
         self.control = 0
         self.delivered = 0
+        self.lbr: GuestLbr | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -178,6 +181,8 @@ def bus_lock(debug: GuestDebug, cpl: int) -> None:
 
 def deliver(vcpu: Vcpu, debug: GuestDebug) -> int | None:
     """Entering the guest: what is pending arrives. An exit reason, if that ends the run."""
+    if debug.lbr is not None:
+        debug.lbr.enter(debug.debugctl)
     if debug.queued and (reason := _deliver_queued(vcpu, debug)) is not None:
         return reason
     payload, debug.trap = debug.trap, 0

@@ -21,7 +21,7 @@ from kvmsim.abi.structs import KVM_ENABLE_CAP as ENABLE_CAP_STRUCT
 from kvmsim.abi.structs import KVM_MP_STATE, KVM_REGS
 from kvmsim.engine.base import Parked
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, events, irqchip, protected, run, sregs
+from kvmsim.kvm import bus_lock, events, irqchip, pmu, protected, run, sregs
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import KvmRun
 
@@ -228,6 +228,7 @@ class Vcpu(VcpuFile):
 
     def cpuid_changed(self) -> None:
         """The CPUID table was set with effect: Intel computes its controls again (kvm.md A.3)."""
+        pmu.refresh(self)
         if self.vm.machine.preset.vendor == "intel":
             bus_lock.arm(self)
 

@@ -31,8 +31,10 @@ class LastBranches:
     """The records of one vCPU.
 
     Args:
-        depth: how many there are: 8, 16 or 32.
-        info: whether there are INFO registers.
+        depth: how many there are: 4, 8, 16 or 32.
+        from_base: number of the first FROM register.
+        to_base: number of the first TO register.
+        info_base: number of the first INFO register; 0: there are none.
 
     Attributes:
         enabled: DEBUGCTL bit 0: branches are recorded.
@@ -40,11 +42,13 @@ class LastBranches:
         tos: index of the newest record.
     """
 
-    __slots__ = ("_from", "_info", "_to", "depth", "enabled", "has_info", "select", "tos")
+    __slots__ = (*("_bases", "_from", "_info", "_to", "depth", "enabled", "select", "tos"),)
 
-    def __init__(self, depth: int = 32, *, info: bool = True) -> None:
+    def __init__(
+        self, depth: int = 32, *, from_base: int = FROM, to_base: int = TO, info_base: int = INFO
+    ) -> None:
         self.depth = depth
-        self.has_info = info
+        self._bases = (from_base, to_base, info_base)
         self.enabled = False
         self.reset()
 
@@ -120,11 +124,8 @@ class LastBranches:
         return True
 
     def _record(self, index: int) -> tuple[list[int], int] | None:
-        bases = [(FROM, self._from), (TO, self._to)]
-        if self.has_info:
-            bases.append((INFO, self._info))
-        for base, records in bases:
-            if base <= index < base + self.depth:
+        for base, records in zip(self._bases, (self._from, self._to, self._info), strict=True):
+            if base and base <= index < base + self.depth:
                 return records, index - base
         return None
 

@@ -79,7 +79,7 @@ def test_registers_keep_what_is_written(lbr):
 
 
 def test_without_info_there_are_no_info_registers():
-    lbr = LastBranches(depth=16, info=False)
+    lbr = LastBranches(depth=16, info_base=0)
     assert lbr.read(INFO) is None
     assert not lbr.write(INFO, 0)
 
