@@ -69,10 +69,13 @@ class InGuest:
         guest_ns: guest time until it stops, stalls excluded.
         work: the guest executes in ``work.work()``, which any thread may call; ``resume`` when it
             has returned. None: the guest has got there already.
+        deadline_ns: when KVM wants the vCPU back that executes in ``work``: its next timer; None:
+            never.
     """
 
     guest_ns: int = 0
     work: Executing | None = None
+    deadline_ns: int | None = None
 
 
 @dataclass(slots=True)
