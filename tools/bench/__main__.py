@@ -19,6 +19,7 @@ import clients
 import figures
 import report
 import rows
+import spinning
 import worlds
 
 ALL_WORLDS: dict[str, Callable[[Path], AbstractContextManager[worlds.World]]] = {
@@ -27,7 +28,7 @@ ALL_WORLDS: dict[str, Callable[[Path], AbstractContextManager[worlds.World]]] = 
     "C libfuse": worlds.c_libfuse,
     "cgfs": worlds.ours,
 }
-ALL_FIGURES = {**figures.FIGURES, **clients.FIGURES}
+ALL_FIGURES = {**figures.FIGURES, **clients.FIGURES, **spinning.FIGURES}
 
 
 def main() -> int:
