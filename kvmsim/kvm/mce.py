@@ -17,6 +17,7 @@ from kvmsim.abi.ioctls import (
 )
 from kvmsim.abi.regs import KVM_X86_MCE
 from kvmsim.errors import KvmError
+from kvmsim.kvm import msr_rules
 from kvmsim.kvm.dispatch import SystemFile, VcpuFile, handles, state_of
 
 if TYPE_CHECKING:
@@ -118,6 +119,19 @@ def write(vcpu: Vcpu, index: int, value: int) -> bool:
     else:
         return False
     return True
+
+
+def guest_write(vcpu: Vcpu, index: int, value: int) -> bool:
+    """Set one register from the guest, which can clear a status but not make one up; False: #GP."""
+    position = index - abi.IA32_MC0_CTL
+    if position >= 0 and position % 4 == STATUS and value and not _may_set_status(vcpu):
+        return False
+    return write(vcpu, index, value)
+
+
+def _may_set_status(vcpu: Vcpu) -> bool:
+    """AMD: HWCR.McStatusWrEn (Linux 6.12 x86.c ``can_set_mci_status``)."""
+    return bool(msr_rules.stored(vcpu, abi.AMD_HWCR) >> 18 & 1)
 
 
 def _write_bank(check: MachineCheck, position: int, value: int) -> bool:

@@ -26,18 +26,31 @@ class Msrs:
 
     Attributes:
         values: number -> value.
+        changed: numbers written since whoever executes the guest looked; it clears them.
     """
 
-    __slots__ = ("values",)
+    __slots__ = ("changed", "values")
 
     def __init__(self, vcpu: Vcpu) -> None:
         del vcpu
         self.values: dict[int, int] = {}
+        self.changed: set[int] = set()
+
+    def keep(self, index: int, value: int) -> None:
+        """Store a value."""
+        self.values[index] = value
+        self.changed.add(index)
 
 
 def stored(vcpu: Vcpu, index: int) -> int:
-    """What user space wrote to a register, 0 if nothing."""
+    """What was written to a register, 0 if nothing."""
     return state_of(vcpu, Msrs).values.get(index, 0)
+
+
+def value_of(vcpu: Vcpu, index: int) -> int:
+    """What a register with a rule holds."""
+    value = state_of(vcpu, Msrs).values.get(index)
+    return RULES[index].reset if value is None else value
 
 
 #: Accepted without effect.

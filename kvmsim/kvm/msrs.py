@@ -2,13 +2,14 @@
 
 A register is a row: what it holds after reset and which values it takes from user space. A read or
 write that KVM refuses ends the table; the call returns how many entries were done. Rules: Linux
-6.12 x86.c ``kvm_set_msr_common``, for accesses by user space; guests' own are an engine's.
+6.12 x86.c ``kvm_set_msr_common``. The guest's own RDMSR and WRMSR come in by :func:`guest_read` and
+:func:`guest_write`, whose differences are in ``kvmsim.kvm.msr_guest``.
 """
 
 from __future__ import annotations
 
 from errno import E2BIG
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kvmsim.abi import msrs as abi
 from kvmsim.abi.ioctls import (
@@ -20,13 +21,14 @@ from kvmsim.abi.ioctls import (
 from kvmsim.abi.regs import EFER_LMA
 from kvmsim.abi.structs import KVM_MSR_ENTRY, KVM_MSR_LIST, KVM_MSRS, MAX_IO_MSRS
 from kvmsim.errors import KvmError
-from kvmsim.kvm import clock, debug, mce, msr_rules, protected, sregs
+from kvmsim.kvm import clock, debug, mce, msr_guest, msr_rules, protected, sregs
 from kvmsim.kvm.dispatch import SystemFile, VcpuFile, handles, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from kvmsim.kvm.dispatch import Call
+    from kvmsim.kvm.msr_rules import Accept
     from kvmsim.kvm.system import System
     from kvmsim.kvm.vcpu import Vcpu
 
@@ -45,11 +47,24 @@ def read(vcpu: Vcpu, index: int, now_ns: int) -> int | None:
         return special.read(vcpu, now_ns)
     if mce.owns(vcpu, index):
         return mce.read(vcpu, index)
-    return _read_stored(vcpu, index)
+    value = _read_stored(vcpu, index)
+    # Linux 6.12 kvm_do_msr_access: what is in the list reads as 0, also without the feature.
+    listed = index in abi.SAVED[vcpu.vm.machine.preset.vendor]
+    return 0 if value is None and listed and not _has_rule(vcpu, index) else value
+
+
+def guest_read(vcpu: Vcpu, index: int, now_ns: int) -> int | None:
+    """A register as the guest reads it; None: #GP."""
+    special = SPECIAL.get(index)
+    if special is not None:
+        return (special.guest_read or special.read)(vcpu, now_ns)
+    if mce.owns(vcpu, index):
+        return mce.read(vcpu, index)
+    return _read_stored(vcpu, index) if msr_guest.may_read(vcpu, index) else None
 
 
 def _read_stored(vcpu: Vcpu, index: int) -> int | None:
-    if index in abi.WRITE_ONLY:
+    if index in abi.WRITE_ONLY or not _announced(vcpu, index):
         return None
     vendor = vcpu.vm.machine.preset.vendor
     value = state_of(vcpu, msr_rules.Msrs).values.get(index)
@@ -58,8 +73,13 @@ def _read_stored(vcpu: Vcpu, index: int) -> int | None:
     rule = msr_rules.RULES.get(index)
     if rule is not None and rule.vendor in {None, vendor}:
         return abi.FEATURES[vendor].get(index, rule.reset) if rule.of_host else rule.reset
-    # Linux 6.12 kvm_do_msr_access: what is in the list reads as 0, also without the feature.
-    return 0 if index in abi.SAVED[vendor] else None
+    return None
+
+
+def _announced(vcpu: Vcpu, index: int) -> bool:
+    """Whether a paravirtual register is there for a guest whose CPUID is enforced."""
+    bit = msr_guest.PARAVIRTUAL.get(index)
+    return bit is None or msr_guest.pv_has(vcpu, bit)
 
 
 def write(vcpu: Vcpu, index: int, value: int, now_ns: int) -> bool:
@@ -71,19 +91,45 @@ def write(vcpu: Vcpu, index: int, value: int, now_ns: int) -> bool:
         return special.write(vcpu, value, now_ns)
     if mce.owns(vcpu, index):
         return mce.write(vcpu, index, value)
-    return _write_stored(vcpu, index, value)
-
-
-def _write_stored(vcpu: Vcpu, index: int, value: int) -> bool:
     vendor = vcpu.vm.machine.preset.vendor
+    if _write_stored(vcpu, index, value, None):
+        return True
+    return index in abi.SAVED[vendor] and not _has_rule(vcpu, index) and value == 0
+
+
+def guest_write(vcpu: Vcpu, index: int, value: int, now_ns: int) -> bool:
+    """Set a register from the guest; False: #GP, nothing changed."""
+    special = SPECIAL.get(index)
+    if special is not None:
+        return (special.guest_write or special.write)(vcpu, value, now_ns)
+    if mce.owns(vcpu, index):
+        return mce.guest_write(vcpu, index, value)
+    return _write_stored(vcpu, index, value, msr_guest.accept(vcpu, index))
+
+
+def known(vcpu: Vcpu, index: int) -> bool:
+    """Whether KVM knows a register, for this or some other guest of the machine.
+
+    It decides what user space hears of an access that was refused: a value that cannot be, or a
+    register that is unknown.
+    """
+    by_number = index in SPECIAL or index in REFUSED or mce.owns(vcpu, index)
+    return by_number or _has_rule(vcpu, index)
+
+
+def _has_rule(vcpu: Vcpu, index: int) -> bool:
     rule = msr_rules.RULES.get(index)
-    if rule is None or rule.vendor not in {None, vendor}:
-        return index in abi.SAVED[vendor] and value == 0
-    kept = rule.accept(vcpu, value)
+    return rule is not None and rule.vendor in {None, vcpu.vm.machine.preset.vendor}
+
+
+def _write_stored(vcpu: Vcpu, index: int, value: int, accept: Accept | None) -> bool:
+    if not _has_rule(vcpu, index) or not _announced(vcpu, index):
+        return False
+    kept = (accept or msr_rules.RULES[index].accept)(vcpu, value)
     if kept is None:
         return False
     if kept is not msr_rules.IGNORED:
-        state_of(vcpu, msr_rules.Msrs).values[index] = kept
+        state_of(vcpu, msr_rules.Msrs).keep(index, kept)
     return True
 
 
@@ -91,10 +137,19 @@ def _write_stored(vcpu: Vcpu, index: int, value: int) -> bool:
 
 
 class Special(NamedTuple):
-    """How to reach a register; a writer answers False to refuse."""
+    """How to reach a register: a reader answers None to refuse, a writer False.
 
-    read: Callable[[Vcpu, int], int]
+    Attributes:
+        read: (vcpu, now_ns), for user space.
+        write: (vcpu, value, now_ns), for user space.
+        guest_read: the same for the guest; None: as for user space.
+        guest_write: the same for the guest; None: as for user space.
+    """
+
+    read: Callable[[Vcpu, int], int | None]
     write: Callable[[Vcpu, int, int], bool]
+    guest_read: Callable[[Vcpu, int], int | None] | None = None
+    guest_write: Callable[[Vcpu, int, int], bool] | None = None
 
 
 def _segment_base(name: str) -> Special:
@@ -140,8 +195,13 @@ SPECIAL: dict[int, Special] = {
     abi.IA32_DEBUGCTL: Special(
         lambda vcpu, now_ns: debug.of(vcpu).debugctl,
         lambda vcpu, value, now_ns: debug.write_debugctl(vcpu, value, host_initiated=True),
+        guest_write=lambda vcpu, value, now_ns: debug.write_debugctl(
+            vcpu, value, host_initiated=False
+        ),
     ),
 }
+#: Registers KVM knows that no machine here has: commands to flush the L1 cache and predictors.
+REFUSED: Final = frozenset({0x49, 0x10B})
 
 
 # -- tables --------------------------------------------------------------------------------------

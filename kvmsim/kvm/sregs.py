@@ -54,6 +54,8 @@ RESET_SEGMENTS = {
     "ldt": (0, 0, 0x2, 0),
 }
 EFER_KNOWN = EFER_SCE | EFER_LME | EFER_LMA | EFER_NX
+#: EFER bit -> bit of CPUID 0x80000001 EDX that shows it to the guest.
+EFER_FEATURES = {EFER_FFXSR: 25, EFER_LME: 29, EFER_LMA: 29, EFER_NX: 20}
 #: CR4 bit -> leaf, register and bit of CPUID that announces it.
 CR4_FEATURES = {
     CR4_UMIP: (7, "ecx", 2),
@@ -146,6 +148,15 @@ def valid_efer(vcpu: Vcpu, efer: int) -> bool:
     """Whether EFER can hold a value; the host's AMD bit FFXSR is no feature of Intel's."""
     known = EFER_KNOWN | (EFER_FFXSR if vcpu.vm.machine.preset.vendor == "amd" else 0)
     return not efer & ~known
+
+
+def guest_may_have_efer(vcpu: Vcpu, efer: int) -> bool:
+    """Whether the guest may write a value: only bits its CPUID shows, and the host has."""
+    shown = cpuid.guest_register(vcpu, 0x80000001, "edx")
+    for bit, feature in EFER_FEATURES.items():
+        if efer & bit and not shown >> feature & 1:
+            return False
+    return valid_efer(vcpu, efer)
 
 
 def valid_cr4(vcpu: Vcpu, cr4: int) -> bool:

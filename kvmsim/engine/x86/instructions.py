@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.base import Hlt, Io
+from kvmsim.engine.base import Hlt, Hypercall, Io, Rdmsr, SystemEvent, Wrmsr
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.decode import DS, NONE
 from kvmsim.engine.x86.delivery import DB, GP, PF, UD, Event, Fault
@@ -18,17 +18,14 @@ from kvmsim.engine.x86.paging import PageFault, translate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvmsim.engine.base import Stop
     from kvmsim.engine.x86.cpu import Cpu
     from kvmsim.engine.x86.decode import Instruction
-
-    Stop = Hlt | Io
 
 CR4_TSD, CR4_DE, CR4_PCE, CR4_OSXSAVE = 1 << 2, 1 << 3, 1 << 8, 1 << 18
 EFER_SCE = 1
 DR7_GD = 1 << 13
 DR6_BD = 1 << 13
-KVM_ENOSYS = -1000
-KVM_EPERM = -1
 XCR0_KNOWN = 0x7
 _FLAT_CODE = r.RIGHTS_G | r.RIGHTS_P | r.RIGHTS_S | 0xB << 8
 _FLAT_DATA = r.RIGHTS_G | r.RIGHTS_DB | r.RIGHTS_P | r.RIGHTS_S | 3 << 8
@@ -176,7 +173,7 @@ def _edx_eax(cpu: Cpu) -> int:
 def _rdtsc(cpu: Cpu, found: Instruction) -> None:
     if cpu.registers.cr4 & CR4_TSD and cpu.registers.cpl:
         raise Fault(GP)
-    _wide(cpu, cpu.tsc)
+    _wide(cpu, cpu.policy.tsc(cpu))
     if found.opcode == 0x0F01:  # RDTSCP
         cpu.registers.q[r.RCX] = (cpu.registers.msr(0xC0000103) or 0) & r.U32
     cpu.registers.advance(found.length)
@@ -187,19 +184,38 @@ def _rdpmc(cpu: Cpu, found: Instruction) -> None:
     raise Fault(GP)
 
 
-def _rdmsr(cpu: Cpu, found: Instruction) -> None:
+def _rdmsr(cpu: Cpu, found: Instruction) -> Stop | None:
     _require_ring_0(cpu)
     value = read_msr(cpu, cpu.registers.q[r.RCX] & r.U32)
     if value is None:
         raise Fault(GP)
+    if isinstance(value, Rdmsr):
+        cpu.on_completion(lambda data: _accessed(cpu, found, data))
+        return value
     _wide(cpu, value)
     cpu.registers.advance(found.length)
+    return None
 
 
-def _wrmsr(cpu: Cpu, found: Instruction) -> None:
+def _wrmsr(cpu: Cpu, found: Instruction) -> Stop | None:
     _require_ring_0(cpu)
-    if not write_msr(cpu, cpu.registers.q[r.RCX] & r.U32, _edx_eax(cpu)):
+    written = write_msr(cpu, cpu.registers.q[r.RCX] & r.U32, _edx_eax(cpu))
+    if isinstance(written, Wrmsr):
+        cpu.on_completion(lambda data: _accessed(cpu, found, data[:1]))
+        return written
+    if not written:
         raise Fault(GP)
+    cpu.registers.advance(found.length)
+    return None
+
+
+def _accessed(cpu: Cpu, found: Instruction, data: bytes) -> None:
+    """User space has carried out RDMSR or WRMSR: an error byte, then what was read."""
+    if data[:1] != b"\0":
+        cpu.queue(Event(GP))
+        return
+    if len(data) > 1:
+        _wide(cpu, int.from_bytes(data[1:9], "little"))
     cpu.registers.advance(found.length)
 
 
@@ -216,10 +232,20 @@ def _monitor(cpu: Cpu, found: Instruction) -> None:
     cpu.registers.advance(found.length)
 
 
-def _hypercall(cpu: Cpu, found: Instruction) -> None:
-    """VMCALL, VMMCALL: no hypercall is known."""
-    value = KVM_EPERM if cpu.registers.cpl else KVM_ENOSYS
-    cpu.registers.q[r.RAX] = value & (r.U64 if cpu.registers.mode == 64 else r.U32)
+def _hypercall(cpu: Cpu, found: Instruction) -> Stop | None:
+    """VMCALL, VMMCALL: the policy's."""
+    stop = cpu.policy.hypercall(cpu, found)
+    if isinstance(stop, Hypercall):
+        cpu.on_completion(lambda data: _called(cpu, found, data))
+    elif stop is None or isinstance(stop, SystemEvent):
+        cpu.registers.advance(found.length)
+    return stop
+
+
+def _called(cpu: Cpu, found: Instruction, data: bytes) -> None:
+    """User space has carried out a hypercall."""
+    wide = cpu.registers.mode == 64
+    cpu.registers.q[r.RAX] = int.from_bytes(data[:8], "little") & (r.U64 if wide else r.U32)
     cpu.registers.advance(found.length)
 
 

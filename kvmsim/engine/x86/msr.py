@@ -1,4 +1,8 @@
-"""Model-specific registers the engine keeps itself; all others are the policy's."""
+"""Model-specific registers: those the emulator needs, and the rules of a bare processor for them.
+
+A policy that owns all registers (``Policy.owns_msrs``) is asked for each of them and gives the
+emulator what it needs by :func:`adopt`; else the engine keeps these itself, by the rules here.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import TYPE_CHECKING
 from kvmsim.engine.x86.paging import CR0_PG, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE
 
 if TYPE_CHECKING:
+    from kvmsim.engine.base import Rdmsr, Wrmsr
     from kvmsim.engine.x86.cpu import Cpu
 
 IA32_TSC = 0x10
@@ -26,30 +31,62 @@ _PAT_TYPES = frozenset({0, 1, 4, 5, 6, 7})
 _MTRR_TYPES = frozenset({0, 1, 4, 5, 6})
 
 
-def read_msr(cpu: Cpu, index: int) -> int | None:
-    """Read a register; None: there is none."""
+def read_msr(cpu: Cpu, index: int) -> int | Rdmsr | None:
+    """Read a register; None: there is none; a stop: user space answers."""
+    if cpu.policy.owns_msrs:
+        return cpu.policy.rdmsr(cpu, index)
+    kept = held(cpu, index)
+    if kept is not None:
+        return kept
+    if cpu.lbr is not None and (record := cpu.lbr.read(index)) is not None:
+        return record
+    return cpu.policy.rdmsr(cpu, index)
+
+
+def held(cpu: Cpu, index: int) -> int | None:
+    """What the emulator, or the engine for it, has of a register; None: it needs none of it."""
     mtrrs = cpu.mtrrs
     if _VARIABLE <= index < _VARIABLE_END:
         return mtrrs.variable[(index - _VARIABLE) // 2][index % 2]
     if index in _FIXED:
         return mtrrs.fixed[_FIXED.index(index)]
-    if cpu.lbr is not None and (record := cpu.lbr.read(index)) is not None:
-        return record
-    special = {IA32_TSC: cpu.tsc, IA32_MTRRCAP: _CAPABILITY, IA32_MTRR_DEF_TYPE: mtrrs.default}
-    if index in special:
-        return special[index]
-    kept = cpu.registers.msr(index)
-    return cpu.policy.rdmsr(cpu, index) if kept is None else kept
+    if index == IA32_TSC:
+        return cpu.policy.tsc(cpu)
+    special = {IA32_MTRRCAP: _CAPABILITY, IA32_MTRR_DEF_TYPE: mtrrs.default}
+    return special[index] if index in special else cpu.registers.msr(index)
 
 
-def write_msr(cpu: Cpu, index: int, value: int) -> bool:
-    """Write a register; False: refused, and nothing changed."""
+def adopt(cpu: Cpu, index: int, value: int) -> None:
+    """Give the emulator the value of a register that somebody else has checked and keeps."""
+    mtrrs = cpu.mtrrs
+    if index == IA32_MTRR_DEF_TYPE:
+        mtrrs.default = value
+    elif index in _FIXED:
+        mtrrs.fixed[_FIXED.index(index)] = value
+    elif _VARIABLE <= index < _VARIABLE_END:
+        base, mask = mtrrs.variable[(index - _VARIABLE) // 2]
+        pair = (base, value) if index % 2 else (value, mask)
+        mtrrs.variable[(index - _VARIABLE) // 2] = pair
+    else:
+        cpu.registers.set_msr(index, value)
     if index == EFER:
-        return _write_efer(cpu, value)
+        cpu.changed()
+    elif _VARIABLE <= index <= IA32_MTRR_DEF_TYPE:
+        cpu.mapping_changed()
+
+
+def write_msr(cpu: Cpu, index: int, value: int) -> bool | Wrmsr:
+    """Write a register; False: refused, and nothing changed; a stop: user space answers."""
+    if cpu.policy.owns_msrs:
+        return cpu.policy.wrmsr(cpu, index, value)
+    if index == EFER:
+        return write_efer(cpu, value)
     if _VARIABLE <= index < _VARIABLE_END or index in _FIXED or index == IA32_MTRR_DEF_TYPE:
         return _write_mtrr(cpu, index, value)
-    if not _is_valid(index, value):
-        return False
+    return _is_valid(index, value) and _write(cpu, index, value)
+
+
+def _write(cpu: Cpu, index: int, value: int) -> bool | Wrmsr:
     if index == IA32_TSC:
         cpu.tsc = value
         return True
@@ -75,7 +112,8 @@ def _canonical(value: int) -> bool:
     return value < 1 << 47 or value >> 47 == (1 << 17) - 1
 
 
-def _write_efer(cpu: Cpu, value: int) -> bool:
+def write_efer(cpu: Cpu, value: int) -> bool:
+    """EFER as the guest writes it; False: #GP."""
     old = cpu.registers.efer
     known = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE
     if value & ~known or ((value ^ old) & EFER_LME and cpu.registers.cr0 & CR0_PG):
@@ -87,25 +125,14 @@ def _write_efer(cpu: Cpu, value: int) -> bool:
 
 
 def _write_mtrr(cpu: Cpu, index: int, value: int) -> bool:
-    mtrrs = cpu.mtrrs
     if index == IA32_MTRR_DEF_TYPE:
-        if value & ~0xCFF or value & 0xFF not in _MTRR_TYPES:
-            return False
-        mtrrs.default = value
+        valid = not value & ~0xCFF and value & 0xFF in _MTRR_TYPES
     elif index in _FIXED:
-        if any(value >> 8 * at & 0xFF not in _MTRR_TYPES for at in range(8)):
-            return False
-        mtrrs.fixed[_FIXED.index(index)] = value
+        valid = all(value >> 8 * at & 0xFF in _MTRR_TYPES for at in range(8))
+    elif index % 2:
+        valid = not value & 0x7FF
     else:
-        base, mask = mtrrs.variable[(index - _VARIABLE) // 2]
-        if index % 2:
-            if value & 0x7FF:
-                return False
-            mask = value
-        else:
-            if value & 0xF00 or value & 0xFF not in _MTRR_TYPES:
-                return False
-            base = value
-        mtrrs.variable[(index - _VARIABLE) // 2] = (base, mask)
-    cpu.mapping_changed()
-    return True
+        valid = not value & 0xF00 and value & 0xFF in _MTRR_TYPES
+    if valid:
+        adopt(cpu, index, value)
+    return valid

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from kvmsim.engine.x86 import registers as r
+
 if TYPE_CHECKING:
+    from kvmsim.engine.base import Rdmsr, Stop, Wrmsr
     from kvmsim.engine.x86.cpu import Cpu
+    from kvmsim.engine.x86.decode import Instruction
 
 DR6_FIXED = 0xFFFF_0FF0
 DR6_WRITABLE = 0xE00F
+KVM_ENOSYS = -1000
+KVM_EPERM = -1
 
 
 class Policy(Protocol):
@@ -23,14 +29,29 @@ class Policy(Protocol):
     tsc_khz: int
     """Frequency of the time stamp counter, which counts the time a vCPU executes."""
 
+    owns_msrs: bool
+    """Every model-specific register is the policy's; the engine asks for all and checks none.
+
+    What the emulator needs of them is given to it by ``msr.adopt``."""
+
     def cpuid(self, cpu: Cpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX, EDX."""
 
-    def rdmsr(self, cpu: Cpu, index: int) -> int | None:
-        """A register the engine does not keep; None: #GP."""
+    def rdmsr(self, cpu: Cpu, index: int) -> int | Rdmsr | None:
+        """A register the engine does not keep; None: #GP; a stop: user space answers."""
 
-    def wrmsr(self, cpu: Cpu, index: int, value: int) -> bool:
-        """Write a register the engine does not keep; False: #GP."""
+    def wrmsr(self, cpu: Cpu, index: int, value: int) -> bool | Wrmsr:
+        """Write a register the engine does not keep; False: #GP; a stop: user space answers."""
+
+    def tsc(self, cpu: Cpu) -> int:
+        """The time stamp counter."""
+
+    def hypercall(self, cpu: Cpu, found: Instruction) -> Stop | None:
+        """VMCALL or VMMCALL; RIP moves past it unless there is a stop.
+
+        Raises:
+            Fault: the guest gets an exception, and RIP stays.
+        """
 
     def dr6_written(self, cpu: Cpu, value: int) -> int:
         """What DR6 holds after the guest wrote a 32-bit value."""
@@ -38,6 +59,8 @@ class Policy(Protocol):
 
 class PlainPolicy:
     """A processor with nothing special: CPUID is zero, unknown registers are #GP.
+
+    It counts guest time only and knows no hypercall.
 
     Args:
         fault_like: see :class:`Policy`.
@@ -51,21 +74,33 @@ class PlainPolicy:
         self.fault_like = fault_like
         self.split_lock_ac = split_lock_ac
         self.tsc_khz = tsc_khz
+        self.owns_msrs = False
 
     def cpuid(self, cpu: Cpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         """See :meth:`Policy.cpuid`."""
         del cpu, leaf, subleaf
         return (0, 0, 0, 0)
 
-    def rdmsr(self, cpu: Cpu, index: int) -> int | None:
+    def rdmsr(self, cpu: Cpu, index: int) -> int | Rdmsr | None:
         """See :meth:`Policy.rdmsr`."""
         del cpu, index
         return None
 
-    def wrmsr(self, cpu: Cpu, index: int, value: int) -> bool:
+    def wrmsr(self, cpu: Cpu, index: int, value: int) -> bool | Wrmsr:
         """See :meth:`Policy.wrmsr`."""
         del cpu, index, value
         return False
+
+    def tsc(self, cpu: Cpu) -> int:
+        """See :meth:`Policy.tsc`."""
+        return cpu.tsc
+
+    def hypercall(self, cpu: Cpu, found: Instruction) -> Stop | None:
+        """See :meth:`Policy.hypercall`."""
+        del found
+        value = KVM_EPERM if cpu.registers.cpl else KVM_ENOSYS
+        cpu.registers.q[r.RAX] = value & (r.U64 if cpu.registers.mode == 64 else r.U32)
+        return None
 
     def dr6_written(self, cpu: Cpu, value: int) -> int:
         """See :meth:`Policy.dr6_written`."""

@@ -1,0 +1,158 @@
+"""CPUID as the guest executes it: the table user space set, and what KVM changes in it as it runs.
+
+Leaves outside the table: Intel answers with the highest basic leaf, AMD with zeros. Some bits
+follow registers: OSXSAVE and OSPKE follow CR4, APIC the APIC base, MWAIT IA32_MISC_ENABLE where
+that quirk is off, the sizes of leaf 0xD XCR0 and IA32_XSS. User space reads them back as they are.
+Linux 6.12 cpuid.c ``kvm_cpuid``, ``__kvm_update_cpuid_runtime``.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import TYPE_CHECKING
+
+from kvmsim.abi import msrs as abi
+from kvmsim.abi.regs import CR4_PKE
+from kvmsim.abi.structs import KVM_CPUID_FLAG_SIGNIFCANT_INDEX as SIGNIFICANT_INDEX
+from kvmsim.kvm import capabilities, fpu, msr_rules, sregs
+from kvmsim.kvm.dispatch import state_of
+
+if TYPE_CHECKING:
+    from kvmsim.kvm.vcpu import Vcpu
+
+    Words = tuple[int, int, int, int]
+
+_ENTRY = Struct("<7I12x")
+_AMD = tuple(int.from_bytes(word, "little") for word in (b"Auth", b"cAMD", b"enti"))
+_OSXSAVE, _APIC, _MWAIT, _OSPKE = 1 << 27, 1 << 9, 1 << 3, 1 << 4
+_CR4_OSXSAVE = 1 << 18
+_APIC_ENABLE = 1 << 11
+_MISC_ENABLE_MWAIT = 1 << 18
+_QUIRK_MISC_ENABLE_NO_MWAIT = 1 << 4
+_XSAVES, _XSAVEC = 1 << 3, 1 << 1
+#: Legacy area and header of an XSAVE area; components behind them as in leaf 0xD.
+_XSAVE_BYTES = 576
+
+
+class Leaves:
+    """A table, by leaf, for looking up; made again when user space sets another.
+
+    Attributes:
+        table: the bytes it is made from.
+        by_leaf: leaf -> its entries: index, flags and the four registers.
+    """
+
+    __slots__ = ("by_leaf", "table")
+
+    def __init__(self, vcpu: Vcpu | None = None) -> None:
+        del vcpu
+        self.table = b""
+        self.by_leaf: dict[int, list[tuple[int, int, Words]]] = {}
+
+    def use(self, table: bytes) -> None:
+        """Look up in this table from here on."""
+        self.table = table
+        self.by_leaf = {}
+        for function, index, flags, *words in _ENTRY.iter_unpack(table):
+            a, b, c, d = words
+            self.by_leaf.setdefault(function, []).append((index, flags, (a, b, c, d)))
+
+    def find(self, function: int, index: int = 0) -> Words | None:
+        """An entry; without a significant index it is that of all subleaves."""
+        for own, flags, words in self.by_leaf.get(function, ()):
+            if own == index or not flags & SIGNIFICANT_INDEX:
+                return words
+        return None
+
+
+def leaves(vcpu: Vcpu) -> Leaves:
+    """The table of a vCPU."""
+    found = state_of(vcpu, Leaves)
+    if found.table is not vcpu.cpuid:
+        found.use(vcpu.cpuid)
+    return found
+
+
+def read(vcpu: Vcpu, function: int, index: int) -> Words:
+    """EAX, EBX, ECX, EDX of a leaf."""
+    table = leaves(vcpu)
+    words = table.find(function, index)
+    if words is None:
+        substitute = _out_of_range(table, function)
+        if substitute is not None:
+            function = substitute
+            words = table.find(function, index)
+    if words is not None:
+        return updated(vcpu, function, index, words)
+    if function in {0xB, 0x1F} and (first := table.find(function, 1)) is not None:
+        # Every subleaf of the topology gives back its number and the x2APIC id.
+        return 0, 0, index & 0xFF, first[3]
+    return 0, 0, 0, 0
+
+
+def _out_of_range(table: Leaves, function: int) -> int | None:
+    """The highest basic leaf, where the guest is no AMD and asks beyond its range; None: zeros."""
+    basic = table.find(0)
+    if basic is None or (basic[1], basic[3], basic[2]) == (_AMD[0], _AMD[2], _AMD[1]):
+        return None
+    if 0x40000000 <= function <= 0x4FFFFFFF:
+        first = table.find(function & 0xFFFFFF00)
+    elif function >= 0xC0000000:
+        first = table.find(0xC0000000)
+    else:
+        first = table.find(function & 0x80000000)
+    return None if first is not None and function <= first[0] else basic[0]
+
+
+def updated(vcpu: Vcpu, function: int, index: int, words: Words) -> Words:
+    """An entry with what follows registers."""
+    a, b, c, d = words
+    if function == 1:
+        on = sregs.of(vcpu).get("cr4") & _CR4_OSXSAVE
+        c = c & ~_OSXSAVE | (_OSXSAVE if on and c & 1 << 26 else 0)
+        if _mwait_follows(vcpu):
+            mwait = msr_rules.value_of(vcpu, abi.IA32_MISC_ENABLE) & _MISC_ENABLE_MWAIT
+            c = c & ~_MWAIT | (_MWAIT if mwait else 0)
+        d = d & ~_APIC | (_APIC if vcpu.apic_base & _APIC_ENABLE else 0)
+    elif function == 7 and index == 0 and c & 1 << 3:
+        c = c & ~_OSPKE | (_OSPKE if sregs.of(vcpu).get("cr4") & CR4_PKE else 0)
+    elif function == 0xD and index == 0:
+        b = _area_bytes(leaves(vcpu), fpu.of(vcpu).xcr0)
+    elif function == 0xD and index == 1 and a & (_XSAVES | _XSAVEC):
+        both = fpu.of(vcpu).xcr0 | msr_rules.stored(vcpu, abi.IA32_XSS)
+        b = _compacted_bytes(leaves(vcpu), both)
+    return a, b, c, d
+
+
+def _mwait_follows(vcpu: Vcpu) -> bool:
+    return bool(capabilities.of(vcpu.vm).disabled_quirks & _QUIRK_MISC_ENABLE_NO_MWAIT)
+
+
+def _area_bytes(table: Leaves, components: int) -> int:
+    """Bytes of an XSAVE area in the standard format."""
+    end = _XSAVE_BYTES
+    for number in range(2, 63):
+        part = table.find(0xD, number) if components >> number & 1 else None
+        if part is not None:
+            end = max(end, part[0] + part[1])
+    return end
+
+
+def _compacted_bytes(table: Leaves, components: int) -> int:
+    end = _XSAVE_BYTES
+    for number in range(2, 63):
+        part = table.find(0xD, number) if components >> number & 1 else None
+        if part is not None:
+            end += part[0]
+    return end
+
+
+def table_now(vcpu: Vcpu, table: bytes) -> bytes:
+    """A table as user space reads it back: with what follows registers."""
+    out = bytearray(table)
+    for at in range(0, len(table), _ENTRY.size):
+        function, index, flags, a, b, c, d = _ENTRY.unpack_from(table, at)
+        if function in {1, 7, 0xD}:
+            words = updated(vcpu, function, index, (a, b, c, d))
+            _ENTRY.pack_into(out, at, function, index, flags, *words)
+    return bytes(out)
