@@ -192,6 +192,11 @@ class SystemEvent(StopBase):
 
 
 @dataclass(slots=True)
+class SplitLockAc(StopBase):
+    """#AC for a split lock, which has not happened: the host's processor detects them."""
+
+
+@dataclass(slots=True)
 class InKernel(StopBase):
     """An exit KVM handles itself: EPT violation, CPUID, preemption timer. The guest goes on."""
 
@@ -235,6 +240,7 @@ Stop = (
     | Debug
     | IrqWindow
     | Signal
+    | SplitLockAc
     | InKernel
 )
 

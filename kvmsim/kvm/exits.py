@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from kvmsim.abi.caps import KVM_MP_STATE_HALTED
 from kvmsim.abi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, Exit
 from kvmsim.abi.run import PIO_DATA_OFFSET
-from kvmsim.engine.base import InternalError
+from kvmsim.engine.base import Debug, InternalError
 from kvmsim.kvm import bus, coalesced
 
 if TYPE_CHECKING:
-    from kvmsim.engine.base import Debug, Hlt, Io, IrqWindow, Mmio, Shutdown, StopBase
+    from kvmsim.engine.base import Hlt, Io, IrqWindow, Mmio, Shutdown, StopBase
     from kvmsim.kvm.vcpu import Vcpu
 
 # Looked up once: see kvmsim.kvm.run.
@@ -144,8 +144,10 @@ def irq_window(vcpu: Vcpu, stop: IrqWindow) -> int | None:
     return Exit.IRQ_WINDOW_OPEN
 
 
-def ended(vcpu: Vcpu, stop: Shutdown | InternalError) -> int:
-    """The guest cannot go on."""
+def ended(vcpu: Vcpu, stop: Shutdown | InternalError | Debug) -> int:
+    """The guest cannot go on, or is the VMM's to debug."""
+    if isinstance(stop, Debug):
+        return debug(vcpu, stop)
     return internal_error(vcpu, stop) if isinstance(stop, InternalError) else shutdown(vcpu)
 
 

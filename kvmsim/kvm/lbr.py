@@ -175,12 +175,25 @@ def recording(vcpu: Vcpu) -> LastBranches | None:
     return pending.lbr.records
 
 
+def entered_again(vcpu: Vcpu) -> LastBranches | None:
+    """The guest goes on behind an access that KVM saw; like :func:`recording`."""
+    pending = vcpu.debug
+    if pending is not None and pending.lbr is not None:
+        pending.lbr.enter(pending.debugctl)
+    return recording(vcpu)
+
+
 # -- registers, alike for the guest and for user space -------------------------------------------
 
 
 def owns(index: int) -> bool:
     """Whether a register belongs to some processor's records."""
     return index in _REGISTERS
+
+
+def has(vcpu: Vcpu, index: int) -> bool:
+    """Whether a register is one of this guest's records."""
+    return _with_register(vcpu, index) is not None
 
 
 def read(vcpu: Vcpu, index: int) -> int | None:

@@ -82,7 +82,6 @@ class GuestRule:
 
 RULES: Final[dict[int, GuestRule]] = {
     abi.IA32_ARCH_CAPABILITIES: GuestRule(has=_shows(7, "edx", 29), accept=_refuse),
-    abi.IA32_PERF_CAPABILITIES: GuestRule(has=_shows(1, "ecx", 15), accept=_refuse),
     abi.IA32_UCODE_REV: GuestRule(accept=_ignore),
     abi.PLATFORM_INFO: GuestRule(reads=_sees_platform_info, accept=_refuse),
     abi.SMI_COUNT: GuestRule(accept=_refuse),

@@ -21,12 +21,23 @@ from kvmsim.abi.ioctls import (
 from kvmsim.abi.regs import EFER_LMA
 from kvmsim.abi.structs import KVM_MSR_ENTRY, KVM_MSR_LIST, KVM_MSRS, MAX_IO_MSRS
 from kvmsim.errors import KvmError
-from kvmsim.kvm import clock, debug, mce, msr_guest, msr_rules, protected, sregs
+from kvmsim.kvm import (
+    clock,
+    debugctl,
+    mce,
+    monitoring,
+    msr_guest,
+    msr_rules,
+    pmu,
+    protected,
+    sregs,
+)
 from kvmsim.kvm.dispatch import SystemFile, VcpuFile, handles, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from kvmsim.host.machine import Machine
     from kvmsim.kvm.dispatch import Call
     from kvmsim.kvm.msr_rules import Accept
     from kvmsim.kvm.system import System
@@ -45,8 +56,11 @@ def read(vcpu: Vcpu, index: int, now_ns: int) -> int | None:
     special = SPECIAL.get(index)
     if special is not None:
         return special.read(vcpu, now_ns)
-    if mce.owns(vcpu, index):
-        return mce.read(vcpu, index)
+    part = _part(vcpu, index)
+    if part is not None:
+        return part.read(vcpu, index)
+    if monitoring.owns(vcpu, index):
+        return monitoring.read(vcpu, index)
     value = _read_stored(vcpu, index)
     # Linux 6.12 kvm_do_msr_access: what is in the list reads as 0, also without the feature.
     listed = index in abi.SAVED[vcpu.vm.machine.preset.vendor]
@@ -58,8 +72,11 @@ def guest_read(vcpu: Vcpu, index: int, now_ns: int) -> int | None:
     special = SPECIAL.get(index)
     if special is not None:
         return (special.guest_read or special.read)(vcpu, now_ns)
-    if mce.owns(vcpu, index):
-        return mce.read(vcpu, index)
+    part = _part(vcpu, index)
+    if part is not None:
+        return part.read(vcpu, index)
+    if monitoring.owns(vcpu, index):
+        return monitoring.read(vcpu, index)
     return _read_stored(vcpu, index) if msr_guest.may_read(vcpu, index) else None
 
 
@@ -89,8 +106,11 @@ def write(vcpu: Vcpu, index: int, value: int, now_ns: int) -> bool:
     special = SPECIAL.get(index)
     if special is not None:
         return special.write(vcpu, value, now_ns)
-    if mce.owns(vcpu, index):
-        return mce.write(vcpu, index, value)
+    part = _part(vcpu, index)
+    if part is not None:
+        return part.write(vcpu, index, value)
+    if monitoring.owns(vcpu, index):
+        return monitoring.write(vcpu, index, value, host_initiated=True)
     vendor = vcpu.vm.machine.preset.vendor
     if _write_stored(vcpu, index, value, None):
         return True
@@ -102,8 +122,11 @@ def guest_write(vcpu: Vcpu, index: int, value: int, now_ns: int) -> bool:
     special = SPECIAL.get(index)
     if special is not None:
         return (special.guest_write or special.write)(vcpu, value, now_ns)
-    if mce.owns(vcpu, index):
-        return mce.guest_write(vcpu, index, value)
+    part = _part(vcpu, index)
+    if part is not None:
+        return part.guest_write(vcpu, index, value)
+    if monitoring.owns(vcpu, index):
+        return monitoring.write(vcpu, index, value, host_initiated=False)
     return _write_stored(vcpu, index, value, msr_guest.accept(vcpu, index))
 
 
@@ -114,7 +137,7 @@ def known(vcpu: Vcpu, index: int) -> bool:
     register that is unknown.
     """
     by_number = index in SPECIAL or index in REFUSED or mce.owns(vcpu, index)
-    return by_number or _has_rule(vcpu, index)
+    return by_number or monitoring.knows(vcpu, index) or _has_rule(vcpu, index)
 
 
 def _has_rule(vcpu: Vcpu, index: int) -> bool:
@@ -193,11 +216,15 @@ SPECIAL: dict[int, Special] = {
     abi.IA32_APICBASE: Special(lambda vcpu, now_ns: vcpu.apic_base, _write_apic_base),
     abi.EFER: Special(lambda vcpu, now_ns: sregs.of(vcpu).get("efer"), _write_efer),
     abi.IA32_DEBUGCTL: Special(
-        lambda vcpu, now_ns: debug.of(vcpu).debugctl,
-        lambda vcpu, value, now_ns: debug.write_debugctl(vcpu, value, host_initiated=True),
-        guest_write=lambda vcpu, value, now_ns: debug.write_debugctl(
-            vcpu, value, host_initiated=False
-        ),
+        lambda vcpu, now_ns: debugctl.read(vcpu),
+        lambda vcpu, value, now_ns: debugctl.write(vcpu, value, host_initiated=True),
+        guest_write=lambda vcpu, value, now_ns: debugctl.write(vcpu, value, host_initiated=False),
+    ),
+    abi.IA32_PERF_CAPABILITIES: Special(
+        lambda vcpu, now_ns: pmu.read_capabilities(vcpu),
+        lambda vcpu, value, now_ns: pmu.write_capabilities(vcpu, value),
+        guest_read=lambda vcpu, now_ns: pmu.guest_read_capabilities(vcpu),
+        guest_write=lambda vcpu, value, now_ns: False,
     ),
 }
 #: Registers KVM knows that no machine here has: commands to flush the L1 cache and predictors.
@@ -256,19 +283,34 @@ def set_msrs(vcpu: Vcpu, call: Call) -> int:
 @handles(SystemFile, KVM_GET_MSRS)
 def get_feature_msrs(system: System, call: Call) -> int:
     """Read what the host has of features announced by registers; how many were read."""
-    return _read_table(call, abi.FEATURES[system.machine.preset.vendor].get)
+    machine = system.machine
+    features = {
+        **abi.FEATURES[machine.preset.vendor],
+        abi.IA32_PERF_CAPABILITIES: pmu.supported_capabilities(machine),
+    }
+    return _read_table(call, features.get)
 
 
 @handles(SystemFile, KVM_GET_MSR_INDEX_LIST)
 def get_msr_index_list(system: System, call: Call) -> int:
     """Which registers to save and restore with a guest."""
-    return _list(call, abi.SAVED[system.machine.preset.vendor])
+    saved = abi.SAVED[system.machine.preset.vendor]
+    emulated = saved.index(abi.KVM_WALL_CLOCK)
+    counters = pmu.saved(system.machine)
+    return _list(call, (*saved[:emulated], *counters, *saved[emulated:]))
 
 
 @handles(SystemFile, KVM_GET_MSR_FEATURE_INDEX_LIST)
 def get_msr_feature_index_list(system: System, call: Call) -> int:
     """Which registers announce features."""
     return _list(call, abi.FEATURES[system.machine.preset.vendor])
+
+
+def saved(machine: Machine) -> tuple[int, ...]:
+    """Registers to save and restore, in the kernel's order: the processor's, then KVM's own."""
+    listed = abi.SAVED[machine.preset.vendor]
+    last = listed.index(abi.LAST_BRANCH[-1]) + 1
+    return *listed[:last], *pmu.saved(machine), *listed[last:]
 
 
 def _list(call: Call, indices: Iterable[int]) -> int:

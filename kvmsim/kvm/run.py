@@ -42,11 +42,12 @@ from kvmsim.engine.base import (
     Rdmsr,
     Shutdown,
     Signal,
+    SplitLockAc,
     SystemEvent,
     Wrmsr,
 )
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, debug, delegated, exits, sev
+from kvmsim.kvm import bus_lock, debug, delegated, exits, lbr, sev, split_lock
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import (
     U16_FLAGS,
@@ -80,7 +81,7 @@ class InGuest:
 
 @dataclass(slots=True)
 class Halted:
-    """The vCPU waits inside KVM: HLT with an in-kernel APIC, or an AP for its SIPI.
+    """The vCPU waits inside KVM: HLT with an in-kernel APIC, an AP for its SIPI, a split lock.
 
     Attributes:
         wake_after_ns: when the guest's own timer ends it (the caller then calls ``vcpu.wake``);
@@ -113,6 +114,7 @@ WAIT_SIPI = 3
 QUEUED = 4  # for admission of a bus lock
 READY = 5  # woken or admitted; resume() goes on
 SIPI = 6  # started; resume() returns EAGAIN
+ASLEEP = 7  # for a split lock
 
 #: Multiprocessing states that a SIPI ends.
 WAIT_FOR_SIPI = (
@@ -121,7 +123,7 @@ WAIT_FOR_SIPI = (
     KVM_MP_STATE_AP_RESET_HOLD,
 )
 
-PHASES = ("user", "guest", "halted", "wait-sipi", "throttled", "ready", "ready")
+PHASES = ("user", "guest", "halted", "wait-sipi", "throttled", "ready", "ready", "asleep")
 
 
 @handles(VcpuFile, KVM_RUN)
@@ -240,6 +242,8 @@ def interrupt(vcpu: Vcpu, now_ns: int, guest_ns: int | None = None) -> None:
             vcpu.in_guest.work.end()
             vcpu.in_guest.work = vcpu.stop = None
     vcpu.phase = OUT
+    if phase == ASLEEP:
+        split_lock.interrupted(vcpu)
     if phase == QUEUED:
         vcpu.vm.accounting.bus_lock_withdraw(vcpu, now_ns)
         if vcpu.owed:  # not admitted in the last moment
@@ -252,6 +256,8 @@ def interrupt(vcpu: Vcpu, now_ns: int, guest_ns: int | None = None) -> None:
 
 def wake(vcpu: Vcpu, now_ns: int) -> None:
     """End a halt: the guest's timer fired or an interrupt arrived. Nothing, if not halted."""
+    if vcpu.phase == ASLEEP:
+        vcpu.phase = READY
     if vcpu.mp_state != KVM_MP_STATE_HALTED:
         return
     vcpu.mp_state = KVM_MP_STATE_RUNNABLE
@@ -299,6 +305,7 @@ def enter(vcpu: Vcpu, now_ns: int) -> Blocked | None:
     """Get into the guest: past a halt, past the limiter, up to the next stop."""
     if vcpu.mp_state:  # halted, or reset and waiting for its SIPI
         vcpu.phase = HALTED
+        lbr.scheduled_out(vcpu)
         wake_at_ns = vcpu.wake_at_ns
         return Halted(None if wake_at_ns is None else max(0, wake_at_ns - now_ns))
     if vcpu.owed:
@@ -306,8 +313,13 @@ def enter(vcpu: Vcpu, now_ns: int) -> Blocked | None:
         vcpu.phase = QUEUED
         vcpu.since_ns = now_ns
         if not vcpu.vm.accounting.bus_lock(vcpu.pid, vcpu, now_ns):
+            lbr.scheduled_out(vcpu)
             return THROTTLED
         vcpu.owed = False
+    if vcpu.asleep_until_ns is not None and (rest_ns := split_lock.rest_ns(vcpu, now_ns)):
+        vcpu.phase = ASLEEP
+        lbr.scheduled_out(vcpu)
+        return Halted(rest_ns)
     if vcpu.intercepted:
         bus_lock.execute_intercepted(vcpu, now_ns)
     if vcpu.debug is not None:
@@ -379,10 +391,10 @@ def _exit_reason(vcpu: Vcpu, stop: Stop, now_ns: int) -> int | None:
         case Signal():
             vcpu.stop = None
             reason = INTR
-        case Shutdown() | InternalError():
+        case Shutdown() | InternalError() | Debug():
             reason = exits.ended(vcpu, stop)
-        case Debug():
-            reason = exits.debug(vcpu, stop)
+        case SplitLockAc():
+            reason = split_lock.raised(vcpu, stop, now_ns)
         case Rdmsr() | Wrmsr() | Hypercall() | SystemEvent():
             reason = delegated.leave(vcpu, stop)
     return reason

@@ -53,7 +53,8 @@ class VcpuStatistics:
 
     Attributes:
         id: its id.
-        phase: ``user``, ``guest``, ``halted``, ``wait-sipi``, ``throttled`` or ``ready``.
+        phase: ``user``, ``guest``, ``halted``, ``wait-sipi``, ``throttled``, ``ready`` or
+            ``asleep``.
         exits: ``KVM_EXIT_*`` name -> how often KVM_RUN returned with it; only those that occurred.
         bus_locks: bus locks its guest has taken, seen or not.
         throttled_ns: time it waited for admission, waits that are over.
@@ -108,6 +109,8 @@ class Vcpu(VcpuFile):
         state: parts that belong to one subsystem each; see ``state_of``.
         enforces_pv_cpuid: the guest has only the paravirtual features its CPUID shows.
         signal_mask: signals blocked while it is in KVM_RUN, bit 0 for number 1; None: as outside.
+        asleep_until_ns: the host makes its thread sleep for a split lock; None: it does not.
+        on_signal: called with (vcpu, number) when KVM queues a signal for the thread that runs it.
         state_protected: its registers are encrypted; user space reads and sets them no more.
     """
 
@@ -118,7 +121,7 @@ class Vcpu(VcpuFile):
         *("pending", "pending_rip", "io_done", "exits", "bus_locks", "throttled_ns"),
         *("detects", "fault_like", "bus_lock_exit", "bus_lock_counter", "owed"),
         *("intercepted", "intercepted_rip", "compare_due", "debug", "state", "state_protected"),
-        *("enforces_pv_cpuid", "signal_mask"),
+        *("enforces_pv_cpuid", "signal_mask", "asleep_until_ns", "on_signal"),
     )
 
     def __init__(self, vm: Vm, vcpu_id: int, page: KvmRun | None = None) -> None:
@@ -166,6 +169,8 @@ class Vcpu(VcpuFile):
         self.state_protected = False
         self.enforces_pv_cpuid = False
         self.signal_mask: int | None = None
+        self.asleep_until_ns: int | None = None
+        self.on_signal: Callable[[Vcpu, int], None] | None = None
         self._power_on()
 
     kvm_run = run.kvm_run

@@ -53,6 +53,8 @@ class Cpu:
         kicked: it is to stop executing in another thread.
         worked: it has executed there since it was handed out.
         bus_locks: bus locks its guest has taken.
+        detects_splits: whether split locks stop the guest at this moment (``SplitLockAc``); None:
+            never. Called in whatever thread executes.
         lbr: last-branch records, fed while they are enabled; None: the vCPU has none.
     """
 
@@ -75,6 +77,7 @@ class Cpu:
         self.left: tuple[Why, int] | None = None
         self.kicked = self.worked = False
         self.bus_locks = 0
+        self.detects_splits: Callable[[], bool] | None = None
         self.lbr: LastBranches | None = None
         self.stops: list[Stop] = []
         self._tsc_offset = 0

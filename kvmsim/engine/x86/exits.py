@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.base import BusLock, InternalError
+from kvmsim.engine.base import BusLock, InternalError, SplitLockAc
 from kvmsim.engine.x86 import delivery, instructions, mmio, stepping
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import AC, DB, UD, Event, Fault
@@ -70,6 +70,8 @@ def _at_site(vm: X86Vm, cpu: Cpu) -> Stop | None:
     if site.kind is Kind.UNDEFINED:
         cpu.queue(Event(UD))
     elif site.kind is Kind.LOCK:
+        if not vm.policy.split_lock_ac:
+            return SplitLockAc(cpl=cpu.registers.cpl)
         cpu.queue(Event(AC))
     elif site.kind is Kind.WINDOW:
         why = stepping.single(vm, cpu, restores_flags=site.found.opcode != STI)

@@ -174,7 +174,7 @@ class Watch:
         split, locks = self._operands.classify(cpu.mtrrs, site.locate(self._q), site.size)
         if not locks:
             return
-        if split and self._vm.policy.split_lock_ac:
+        if split and self._raises_ac(cpu):
             self.site = site
             self._stop(Why.SITE)
             return
@@ -187,6 +187,10 @@ class Watch:
             return
         cpu.admitted = -1
         cpu.bus_locks += 1
+
+    def _raises_ac(self, cpu: Cpu) -> bool:
+        detects = cpu.detects_splits
+        return self._vm.policy.split_lock_ac or (detects is not None and detects())
 
     def _expect(self, site: Site) -> None:
         """The instruction is about to take a bus lock; have somebody look behind it."""

@@ -15,6 +15,7 @@ from kvmsim.kvm import (
     clock,
     cpuid_guest,
     debug,
+    lbr,
     msr_filter,
     msr_rules,
     msrs,
@@ -108,6 +109,7 @@ class VcpuPolicy:
             return msr.held(cpu, index)
         else:
             value = msrs.guest_read(vcpu, index, self.now_ns(cpu))
+            cpu.lbr = lbr.entered_again(vcpu)
             if value is not None:
                 return value
             reason = _refused(vcpu, index)
@@ -135,6 +137,7 @@ class VcpuPolicy:
             msr.adopt(cpu, index, value)
             return True
         taken = msrs.guest_write(vcpu, index, value, self.now_ns(cpu))
+        cpu.lbr = lbr.entered_again(vcpu)
         share_msrs(vcpu, cpu)
         return taken
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import BP, DB, NMI, OF, Event
-from kvmsim.kvm import debug, events, sregs
+from kvmsim.kvm import debug, events, lbr, sregs
 
 if TYPE_CHECKING:
     from kvmsim.engine.x86.cpu import Cpu
@@ -70,6 +70,7 @@ class VcpuRegisters:
             for number, value in zip(_ORDER, general, strict=True):
                 registers.q[number] = value
             registers.rip, registers.flags = rip, flags
+        cpu.lbr = lbr.recording(vcpu)
         cpu.cr8 = vcpu.cr8
         cpu.wants_window = bool(vcpu.run.request_interrupt_window)
         self._load_debug(cpu)
