@@ -76,7 +76,7 @@ class LocalClient:
         self.mm: object = pid
         self.memlock_bytes: int | None = None
         self.files: dict[int, object] = {}
-        self._mapped: dict[int, bytes | bytearray] = {}
+        self._mapped: dict[int, bytes | bytearray | memoryview] = {}
         self._end = self._FIRST_ADDRESS
 
     def file(self, fd: int) -> KvmFile | None:
@@ -85,7 +85,7 @@ class LocalClient:
             raise KvmError(EBADF, f"descriptor {fd}")
         return cast("KvmFile | None", self.files[fd])
 
-    def map(self, data: bytes | bytearray) -> int:
+    def map(self, data: bytes | bytearray | memoryview) -> int:
         """Give a buffer an address, for structures that contain pointers; bytes are read-only."""
         address = self._end
         self._mapped[address] = data
@@ -106,7 +106,7 @@ class LocalClient:
         for start, data in self._mapped.items():
             end = start + -(-len(data) // 4096) * 4096
             if start <= address and address + size_bytes <= end:
-                return isinstance(data, bytearray) or not writable
+                return not (writable and isinstance(data, bytes))
         return False
 
     def read(self, address: int, size_bytes: int) -> bytes:
@@ -121,7 +121,7 @@ class LocalClient:
             raise KvmError(EFAULT, f"read-only at {address:#x}")
         target[offset : offset + len(data)] = data
 
-    def _find(self, address: int, size_bytes: int) -> tuple[bytes | bytearray, int]:
+    def _find(self, address: int, size_bytes: int) -> tuple[bytes | bytearray | memoryview, int]:
         for start, data in self._mapped.items():
             if start <= address and address + size_bytes <= start + len(data):
                 return data, address - start
