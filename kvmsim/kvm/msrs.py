@@ -56,9 +56,8 @@ def read(vcpu: Vcpu, index: int, now_ns: int) -> int | None:
     special = SPECIAL.get(index)
     if special is not None:
         return special.read(vcpu, now_ns)
-    part = _part(vcpu, index)
-    if part is not None:
-        return part.read(vcpu, index)
+    if mce.owns(vcpu, index):
+        return mce.read(vcpu, index)
     if monitoring.owns(vcpu, index):
         return monitoring.read(vcpu, index)
     value = _read_stored(vcpu, index)
@@ -72,9 +71,8 @@ def guest_read(vcpu: Vcpu, index: int, now_ns: int) -> int | None:
     special = SPECIAL.get(index)
     if special is not None:
         return (special.guest_read or special.read)(vcpu, now_ns)
-    part = _part(vcpu, index)
-    if part is not None:
-        return part.read(vcpu, index)
+    if mce.owns(vcpu, index):
+        return mce.read(vcpu, index)
     if monitoring.owns(vcpu, index):
         return monitoring.read(vcpu, index)
     return _read_stored(vcpu, index) if msr_guest.may_read(vcpu, index) else None
@@ -106,9 +104,8 @@ def write(vcpu: Vcpu, index: int, value: int, now_ns: int) -> bool:
     special = SPECIAL.get(index)
     if special is not None:
         return special.write(vcpu, value, now_ns)
-    part = _part(vcpu, index)
-    if part is not None:
-        return part.write(vcpu, index, value)
+    if mce.owns(vcpu, index):
+        return mce.write(vcpu, index, value)
     if monitoring.owns(vcpu, index):
         return monitoring.write(vcpu, index, value, host_initiated=True)
     vendor = vcpu.vm.machine.preset.vendor
@@ -122,9 +119,8 @@ def guest_write(vcpu: Vcpu, index: int, value: int, now_ns: int) -> bool:
     special = SPECIAL.get(index)
     if special is not None:
         return (special.guest_write or special.write)(vcpu, value, now_ns)
-    part = _part(vcpu, index)
-    if part is not None:
-        return part.guest_write(vcpu, index, value)
+    if mce.owns(vcpu, index):
+        return mce.guest_write(vcpu, index, value)
     if monitoring.owns(vcpu, index):
         return monitoring.write(vcpu, index, value, host_initiated=False)
     return _write_stored(vcpu, index, value, msr_guest.accept(vcpu, index))
