@@ -120,6 +120,7 @@ class Vm(VmFile):
         dead: only closing is left.
         on_bus_lock: called with (vcpu, now_ns) whenever a guest of it takes a bus lock, detected
             or not: whoever simulates the machine stalls the other CPUs.
+        on_end: called with the VM when nothing refers to it any more.
         state: parts that belong to one subsystem each; see ``state_of``.
         coalesced_zones: where the guest's writes are collected instead of being exits.
         holders: other files that keep it alive: of statistics, of guest memory.
@@ -129,7 +130,7 @@ class Vm(VmFile):
     __slots__ = (
         *("system", "machine", "accounting", "vm_type", "vcpus", "irqchip", "max_vcpu_ids"),
         *("bus_lock_detection", "needs_init", "sev_active", "es_active", "vmsa_features"),
-        *("ghcb_version", "key", "dead", "on_bus_lock", "state", "memory"),
+        *("ghcb_version", "key", "dead", "on_bus_lock", "on_end", "state", "memory"),
         *("coalesced_zones", "holders"),
         *("_creator", "_references", "_released"),
     )
@@ -151,6 +152,7 @@ class Vm(VmFile):
         self.key: Key | None = None
         self.dead = False
         self.on_bus_lock: Callable[[Vcpu, int], None] | None = None
+        self.on_end: Callable[[Vm], None] | None = None
         self.state: dict[Callable[[Vm], object], object] = {}
         self.memory: GuestMemory = SlotMemory(self)
         self.coalesced_zones: tuple[Zone, ...] = ()
@@ -286,6 +288,8 @@ class Vm(VmFile):
             self.needs_init = False
             sev.destroy(self)
             self.system.forget(self)
+            if self.on_end is not None:
+                self.on_end(self)
 
     def statistics(self) -> VmStatistics:
         """Take a snapshot."""
