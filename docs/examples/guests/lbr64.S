@@ -1,7 +1,7 @@
 /*
  * 64-bit mode: the last branches. Where the processor has the facility (IA32_PERF_CAPABILITIES
  * names a format), it is turned on, a known piece of code runs, and what was recorded is printed,
- * newest first: from and to, as offsets in this ROM.
+ * SHOWN of them, newest first: from and to, as offsets in this ROM.
  */
 #include "rom.h"
 #include "long.h"
@@ -14,6 +14,9 @@
 #define DEPTH 32
 #ifndef FILTER
 #define FILTER 0 /* of LBR_SELECT: each bit leaves out a kind of branch */
+#endif
+#ifndef ROUNDS
+#define ROUNDS 2
 #endif
 #ifndef SHOWN
 #define SHOWN 6
@@ -41,11 +44,11 @@ long_mode:
 	write	LBR_SELECT, FILTER
 	write	DEBUGCTL, 1
 
-	.globl	the_call, the_jump, the_jcc, the_indirect, the_return
-	movl	$2, %ebp
+	movl	$ROUNDS, %ebp
 	leaq	landed(%rip), %rbx
 the_call:
 	call	routine
+returned:
 	decl	%ebp
 the_jcc:
 	jnz	the_call

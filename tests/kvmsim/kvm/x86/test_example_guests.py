@@ -1,10 +1,12 @@
 """The guests of docs/examples/guests in process: what they print, and every bus lock once."""
 
 import mmap
+from pathlib import Path
 
 import guests
 import pytest
 
+import kvmsim
 from kvmsim.abi.exits import Exit
 from kvmsim.abi.run import EXIT_IO, EXIT_MMIO
 from kvmsim.abi.structs import KVM_REGS
@@ -175,3 +177,29 @@ def test_spin_lock_of_two_processors_excludes(board, preset):
     guest = board(preset, "smp64", "ROUNDS=5000", nr_vcpus=2)
     assert guest.run() == (guests.DONE, "10000 counted by two processors\n")
     assert guest.bus_lock_exits == guest.bus_locks >= 10_000
+
+
+def last_branches(rounds):
+    """What lbr64 executes while recording is on, newest first."""
+    at = guests.symbols("lbr64", f"ROUNDS={rounds}", "SHOWN=32")
+    routine = [
+        (at["the_return"], at["returned"]),
+        (at["the_indirect"], at["landed"]),
+        (at["the_jump"], at["over"]),
+        (at["the_call"], at["routine"]),
+    ]
+    # The last round's conditional jump is not taken.
+    return (routine + [(at["the_jcc"], at["the_call"]), *routine] * (rounds - 1))[:32]
+
+
+def test_guest_reads_its_last_32_branches(board):
+    text = (Path(kvmsim.__file__).parent / "presets/lab-intel.toml").read_text()
+    guest = board(text, "lbr64", "ROUNDS=8", "SHOWN=32")
+    wanted = "".join(f"{source:04x} -> {target:04x}\n" for source, target in last_branches(8))
+    assert guest.run() == (guests.DONE, wanted)
+
+
+@BOTH
+def test_guest_of_a_processor_without_last_branches_finds_none(board, preset):
+    guest = board(preset, "lbr64")
+    assert guest.run() == (guests.DONE, "this processor records no branches\n")
