@@ -1,4 +1,4 @@
-"""Debug exceptions of a guest: DR6 and DR7, DEBUGCTL, the bus lock #DB, a debugger in user space.
+"""Debug exceptions of a guest: DR6 and DR7, the bus lock #DB, a debugger in user space.
 
 DR6 bit 11 says "bus lock" when it is **clear**; hardware clears it and the guest sets it again. A
 #DB carries its cause as a payload of opposite, active-high polarity (kvm.md B.1)::
@@ -48,8 +48,6 @@ DR6_BUS_LOCK = exits.DR6_BUS_LOCK
 DR6_RTM = 1 << 16
 DR7_RESET = 0x400
 DR7_GD = 1 << 13
-DEBUGCTL_LBR = 1 << 0
-DEBUGCTL_BTF = 1 << 1
 DEBUGCTL_BUS_LOCK = 1 << 2
 
 FN7_EBX_RTM = 1 << 11
@@ -150,23 +148,6 @@ def write_dr6(vcpu: Vcpu, value: int) -> bool:
         return False
     detect, rtm = has_bus_lock_detect(vcpu), has_rtm(vcpu)
     of(vcpu).dr6 = dr6_written(value, bus_lock_detect=detect, rtm=rtm)
-    return True
-
-
-def write_debugctl(vcpu: Vcpu, value: int, *, host_initiated: bool) -> bool:
-    """A write to ``IA32_DEBUGCTL``; False: refused (#GP in the guest), nothing changed.
-
-    There is neither guest LBR nor TSX here. Linux 6.12 vmx.c forgives LBR and BTF: they are
-    dropped. AMD without LBR virtualization ignores every write.
-    """
-    if vcpu.vm.machine.preset.vendor == "amd":
-        return True
-    supported = 0
-    if has_bus_lock_detect(vcpu) or (host_initiated and _host_detects(vcpu)):
-        supported = DEBUGCTL_BUS_LOCK
-    if value & ~supported & ~(DEBUGCTL_LBR | DEBUGCTL_BTF):
-        return False
-    of(vcpu).debugctl = value & supported
     return True
 
 

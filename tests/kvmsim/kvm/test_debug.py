@@ -121,40 +121,6 @@ def test_guests_mov_to_dr6_follows_its_cpuid(make):
     assert dr6(vcpu) == 0xFFFE0FF0
 
 
-@pytest.mark.parametrize(
-    ("bit", "exposed", "hidden"),
-    [
-        (0, 0, 0),
-        (1, 0, 0),
-        (2, 4, None),
-        *((bit, None, None) for bit in (3, 6, 10, 11, 12, 14, 15, 16, 63)),
-    ],
-)
-def test_t_b_2_guest_write_of_debugctl(make, bit, exposed, hidden):
-    for shown, expected in ((True, exposed), (False, hidden)):
-        vcpu = make(exposed=shown)
-        accepted = debug.write_debugctl(vcpu, 1 << bit, host_initiated=False)
-        assert accepted == (expected is not None)
-        assert debugctl(vcpu) == (expected or 0)
-
-
-def test_t_b_2_host_write_of_debugctl_needs_the_host_only(make):
-    assert set_msrs(make(exposed=False), (DEBUGCTL, 4)) == 1
-    assert set_msrs(make(NO_DETECT), (DEBUGCTL, 4)) == 0
-
-
-def test_t_b_2_refused_entry_ends_the_list_and_changes_nothing(make):
-    vcpu = make()
-    assert set_msrs(vcpu, (DEBUGCTL, 4), (DEBUGCTL, 8), (DEBUGCTL, 0)) == 1
-    assert debugctl(vcpu) == 4
-
-
-def test_t_b_2_amd_ignores_every_write(make):
-    vcpu = make(AMD)
-    assert set_msrs(vcpu, (DEBUGCTL, 1 << 63)) == 1
-    assert debugctl(vcpu) == 0
-
-
 def test_t_b_3_bus_lock_at_cpl_3_raises_db_in_the_guest_without_an_exit(make):
     vcpu = make(exits=False, stops=[BusLock(cpl=3), Hlt(after_ns=9)])
     set_msrs(vcpu, (DEBUGCTL, 4))

@@ -8,7 +8,7 @@ import pytest
 from kvmsim.abi.exits import Exit
 from kvmsim.abi.structs import KVM_REGS
 from kvmsim.errors import KvmError
-from kvmsim.kvm import cpuid, debug, events, sregs
+from kvmsim.kvm import cpuid, debug, debugctl, events, sregs
 from kvmsim.kvm.client import LocalClient
 from kvmsim.kvm.vm import KvmEnableCap
 
@@ -164,7 +164,7 @@ def test_a_bus_lock_in_ring_3_is_an_exit_and_then_a_debug_exception(start):
     guest = start(INTEL, INC, "90", ring=3)
     entries = cpuid.supported(guest.vm.machine)
     cpuid.set_table(guest.vcpu, b"".join(entry.pack() for entry in entries))
-    assert debug.write_debugctl(guest.vcpu, 4, host_initiated=True)
+    assert debugctl.write(guest.vcpu, 4, host_initiated=True)
     guest.word(IDT + 16, 0x2000 | 8 << 16 | 0x8E00 << 32)
     guest.put(0x2000, "0f 21 f0", HLT)  # mov rax, dr6
     assert guest.run() == Exit.X86_BUS_LOCK
@@ -179,7 +179,7 @@ def test_a_bus_lock_in_ring_0_is_an_exit_only(start):
     guest = start(INTEL, INC, HLT)
     entries = cpuid.supported(guest.vm.machine)
     cpuid.set_table(guest.vcpu, b"".join(entry.pack() for entry in entries))
-    assert debug.write_debugctl(guest.vcpu, 4, host_initiated=True)
+    assert debugctl.write(guest.vcpu, 4, host_initiated=True)
     assert guest.run() == Exit.X86_BUS_LOCK
     assert guest.run() == Exit.HLT
     assert debug.of(guest.vcpu).delivered == 0
