@@ -62,7 +62,33 @@ class Fpu:
 
 def of(vcpu: Vcpu) -> Fpu:
     """The floating-point state of a vCPU."""
+    mirror = vcpu.mirror
+    if mirror is not None and mirror.fpu_ahead:
+        mirror.fetch_fpu()
     return state_of(vcpu, Fpu)
+
+
+def in_use(area: bytearray) -> bytearray:
+    """The legacy part of an area, with the initial values of components it says are not in use."""
+    (xstate_bv,) = unpack_from("<Q", area, XSTATE_BV)
+    legacy = bytearray(area[:XSTATE_BV])
+    if not xstate_bv & XCR0_X87:
+        legacy[:24] = bytes(24)
+        pack_into("<H", legacy, 0, FCW_RESET)
+        legacy[ST_SPACE:XMM_SPACE] = bytes(XMM_SPACE - ST_SPACE)
+    if not xstate_bv & XCR0_SSE:
+        legacy[XMM_SPACE : XMM_SPACE + 256] = bytes(256)
+    if not xstate_bv & (XCR0_SSE | XCR0_AVX):
+        pack_into("<I", legacy, 24, MXCSR_RESET)
+    return legacy
+
+
+def put_legacy(area: bytearray, legacy: bytearray) -> None:
+    """Put x87, MXCSR and XMM registers into an area, which has them in use from here on."""
+    area[:28] = legacy[:28]
+    area[ST_SPACE : len(legacy)] = legacy[ST_SPACE:]
+    (xstate_bv,) = unpack_from("<Q", area, XSTATE_BV)
+    pack_into("<Q", area, XSTATE_BV, xstate_bv | XCR0_X87 | XCR0_SSE)
 
 
 @handles(VcpuFile, KVM_GET_FPU)
@@ -87,6 +113,10 @@ def set_fpu(vcpu: Vcpu, call: Call) -> int:
     area[ST_SPACE : ST_SPACE + 128] = data[0:128]
     pack_into("<HHBxHQQ", area, 0, *unpack_from("<HHBxHQQ", data, 128))
     area[XMM_SPACE : XMM_SPACE + 256] = data[152:408]
+    (xstate_bv,) = unpack_from("<Q", area, XSTATE_BV)
+    if not xstate_bv & (XCR0_SSE | XCR0_AVX):
+        pack_into("<I", area, 24, MXCSR_RESET)
+    pack_into("<Q", area, XSTATE_BV, xstate_bv | XCR0_X87 | XCR0_SSE)
     return 0
 
 

@@ -182,6 +182,19 @@ def _segment_base(name: str) -> Special:
     return Special(lambda vcpu, now_ns: sregs.of(vcpu).get(name), write_base)
 
 
+def _read_kernel_gs(vcpu: Vcpu, now_ns: int) -> int | None:
+    """SWAPGS exchanges it without KVM."""
+    del now_ns
+    if vcpu.mirror is not None and abi.KERNEL_GS_BASE not in state_of(vcpu, msr_rules.Msrs).changed:
+        return vcpu.mirror.fetch_msr(abi.KERNEL_GS_BASE)
+    return msr_rules.stored(vcpu, abi.KERNEL_GS_BASE)
+
+
+def _write_kernel_gs(vcpu: Vcpu, value: int, now_ns: int) -> bool:
+    del now_ns
+    return _write_stored(vcpu, abi.KERNEL_GS_BASE, value, None)
+
+
 def _write_tsc(vcpu: Vcpu, value: int, now_ns: int) -> bool:
     clock.set_guest_tsc(vcpu, value, now_ns)
     return True
@@ -208,6 +221,7 @@ def _write_efer(vcpu: Vcpu, value: int, now_ns: int) -> bool:
 SPECIAL: dict[int, Special] = {
     abi.FS_BASE: _segment_base("fs.base"),
     abi.GS_BASE: _segment_base("gs.base"),
+    abi.KERNEL_GS_BASE: Special(_read_kernel_gs, _write_kernel_gs),
     abi.IA32_TSC: Special(clock.guest_tsc, _write_tsc),
     abi.IA32_APICBASE: Special(lambda vcpu, now_ns: vcpu.apic_base, _write_apic_base),
     abi.EFER: Special(lambda vcpu, now_ns: sregs.of(vcpu).get("efer"), _write_efer),

@@ -123,6 +123,9 @@ class Sregs:
 
 def of(vcpu: Vcpu) -> Sregs:
     """The special registers of a vCPU."""
+    mirror = vcpu.mirror
+    if mirror is not None and mirror.sregs_ahead:
+        mirror.fetch_sregs()
     return state_of(vcpu, Sregs)
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kvmsim.kvm.client import Client
     from kvmsim.kvm.debug import GuestDebug
     from kvmsim.kvm.dispatch import Call
+    from kvmsim.kvm.mirror import Mirror
     from kvmsim.kvm.vm import Vm
 
 RESET_RIP = 0xFFF0
@@ -111,6 +112,7 @@ class Vcpu(VcpuFile):
         signal_mask: signals blocked while it is in KVM_RUN, bit 0 for number 1; None: as outside.
         asleep_until_ns: the host makes its thread sleep for a split lock; None: it does not.
         on_signal: called with (vcpu, number) when KVM queues a signal for the thread that runs it.
+        mirror: who has newer registers than KVM, for a vCPU that executes code.
         state_protected: its registers are encrypted; user space reads and sets them no more.
     """
 
@@ -121,7 +123,7 @@ class Vcpu(VcpuFile):
         *("pending", "pending_rip", "io_done", "exits", "bus_locks", "throttled_ns"),
         *("detects", "fault_like", "bus_lock_exit", "bus_lock_counter", "owed"),
         *("intercepted", "intercepted_rip", "compare_due", "debug", "state", "state_protected"),
-        *("enforces_pv_cpuid", "signal_mask", "asleep_until_ns", "on_signal"),
+        *("enforces_pv_cpuid", "mirror", "signal_mask", "asleep_until_ns", "on_signal"),
     )
 
     def __init__(self, vm: Vm, vcpu_id: int, page: KvmRun | None = None) -> None:
@@ -169,6 +171,7 @@ class Vcpu(VcpuFile):
         self.state_protected = False
         self.enforces_pv_cpuid = False
         self.signal_mask: int | None = None
+        self.mirror: Mirror | None = None
         self.asleep_until_ns: int | None = None
         self.on_signal: Callable[[Vcpu, int], None] | None = None
         self._power_on()
@@ -202,6 +205,8 @@ class Vcpu(VcpuFile):
 
     def _power_on(self) -> None:
         """Registers and controls after reset."""
+        if self.mirror is not None:
+            self.mirror.reset()
         self._regs = KVM_REGS.pack(rdx=RESET_RDX, rflags=RESET_RFLAGS)
         self.rip = RESET_RIP
         self._note_interrupt_flag()
@@ -241,12 +246,17 @@ class Vcpu(VcpuFile):
 
     def get_regs(self) -> bytes:
         """KVM_GET_REGS: the bytes of ``kvm_regs``."""
+        mirror = self.mirror
+        if mirror is not None and mirror.regs_ahead:
+            self._regs = bytearray(mirror.fetch_regs())
         KVM_REGS.put(self._regs, "rip", self.rip)
         return bytes(self._regs)
 
     def set_regs(self, data: bytes) -> None:
         """KVM_SET_REGS. Flags bit 1 always reads as one; a pending exception is forgotten."""
         self._regs = bytearray(data)
+        if self.mirror is not None:
+            self.mirror.regs_ahead = False
         self.rip = KVM_REGS.get(data, "rip")
         KVM_REGS.put(self._regs, "rflags", KVM_REGS.get(data, "rflags") | RESET_RFLAGS)
         self._note_interrupt_flag()
@@ -256,8 +266,17 @@ class Vcpu(VcpuFile):
 
     def _note_interrupt_flag(self) -> None:
         """What the page says about interrupts; an in-kernel PIC injects them itself."""
-        enabled = int(bool(KVM_REGS.get(self._regs, "rflags") & RFLAGS_IF))
-        self.ready_and_if = (1 if self.vm.irqchip else enabled) | enabled << 8
+        self.note_interrupt_flag(bool(KVM_REGS.get(self._regs, "rflags") & RFLAGS_IF), held=False)
+
+    def note_interrupt_flag(self, enabled: bool, *, held: bool) -> None:
+        """What the page says about interrupts; an in-kernel PIC injects them itself.
+
+        Args:
+            enabled: the guest's interrupt flag.
+            held: something keeps an interrupt out all the same.
+        """
+        ready = 1 if self.vm.irqchip or (enabled and not held) else 0
+        self.ready_and_if = ready | (1 << 8 if enabled else 0)
 
     def set_mp_state(self, state: int) -> None:
         """KVM_SET_MP_STATE.

@@ -48,6 +48,7 @@ SOFT = (3, OF_VECTOR)
 
 def pack(vcpu: Vcpu) -> bytearray:
     """The bytes of ``kvm_vcpu_events``."""
+    _fetch(vcpu)
     state = events.of(vcpu)
     switches = capabilities.of(vcpu.vm)
     _take_trap(vcpu, state)
@@ -85,6 +86,13 @@ def pack(vcpu: Vcpu) -> bytearray:
     return data
 
 
+def _fetch(vcpu: Vcpu) -> None:
+    """Take over what only whoever executes the guest knows."""
+    mirror = vcpu.mirror
+    if mirror is not None and mirror.events_ahead:
+        mirror.fetch_events()
+
+
 def _take_trap(vcpu: Vcpu, state: Events) -> None:
     """A #DB the processor still has to deliver is a pending exception like any other."""
     pending = vcpu.debug
@@ -106,6 +114,7 @@ def unpack(vcpu: Vcpu, data: bytes) -> None:
     """
     flags = KVM_VCPU_EVENTS.get(data, "flags")
     exception = _exception(vcpu, data, flags)
+    _fetch(vcpu)
     smm = ("smi.smm", "smi.pending")
     entered = flags & KVM_VCPUEVENT_VALID_SMM and any(KVM_VCPU_EVENTS.get(data, n) for n in smm)
     if entered and vcpu.mp_state == caps.KVM_MP_STATE_INIT_RECEIVED:

@@ -20,6 +20,7 @@ ES, CS, SS, DS, FS, GS, LDTR, TR, GDTR, IDTR = range(10)
 FLAG_CF, FLAG_TF, FLAG_IF, FLAG_DF = 1, 1 << 8, 1 << 9, 1 << 10
 FLAG_NT, FLAG_RF, FLAG_VM, FLAG_AC = 1 << 14, 1 << 16, 1 << 17, 1 << 18
 FLAG_IOPL_SHIFT = 12
+CR0_AM = 1 << 18
 _STATUS_FLAGS = 0x8D5  # CF PF AF ZF SF OF
 _FLAGS_VALID = 0x3F_7FD7
 
@@ -161,6 +162,15 @@ class Registers:
         """DR0 to DR7."""
         return self.q[_DR // 8 + number]
 
+    def debug_bytes(self) -> bytes:
+        """DR0 to DR7 at once, to compare."""
+        return bytes(self.env[_DR : _DR + 64])
+
+    @property
+    def interrupts_on(self) -> int:
+        """The interrupt flag, not 0 when it is set."""
+        return self.q[_EFLAGS // 8] & FLAG_IF
+
     def set_debug(self, number: int, value: int) -> None:
         """Set DR0 to DR7. Breakpoints are not armed by it."""
         self.q[_DR // 8 + number] = value
@@ -218,6 +228,12 @@ class Registers:
     def protected(self) -> bool:
         """Whether in protected mode, virtual-8086 mode excluded."""
         return bool(self.cr0 & 1) and not self.q[_EFLAGS // 8] & FLAG_VM
+
+    @property
+    def checks_alignment(self) -> bool:
+        """Whether accesses that are not aligned raise #AC."""
+        flags = self.q[_EFLAGS // 8]
+        return bool(flags & FLAG_AC and self.cr0 & CR0_AM and self.cpl == 3)
 
     @property
     def linear_rip(self) -> int:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
+from kvmsim.engine.x86 import fpu as x87_sse
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import BP, DB, NMI, OF, Event
-from kvmsim.kvm import debug, events, lbr, sregs
+from kvmsim.kvm import debug, events, fpu, lbr, msr_rules, sregs
+from kvmsim.kvm.dispatch import state_of
+from kvmsim.kvm.x86 import policy
 
 if TYPE_CHECKING:
     from kvmsim.engine.x86.cpu import Cpu
@@ -38,51 +41,112 @@ _RIGHTS = (
     *(("type", 8, 4), ("s", 12, 1), ("dpl", 13, 2), ("present", 15, 1)),
     *(("avl", 20, 1), ("l", 21, 1), ("db", 22, 1), ("g", 23, 1)),
 )
-#: Segments, tables and control registers in the engine's state.
-_SYSTEM_BEGIN, _SYSTEM_END = r.SEGMENTS, 608
+_DEBUG = struct.Struct("<8Q")
+SHADOW_MOV_SS, SHADOW_STI = 1, 2
 
 
 class VcpuRegisters:
     """The registers of one vCPU, in and out of the engine.
 
+    While the guest executes the engine has them; between runs KVM has them. Few exits look at more
+    than RIP, so what the engine left is fetched when somebody asks (``vcpu.mirror``), and what
+    nobody asked for cannot have been changed and need not go back in.
+
     Args:
         vcpu: the vCPU.
+
+    Attributes:
+        regs_ahead: the engine's general registers are newer than KVM's.
+        sregs_ahead: so are its segments and control registers.
+        fpu_ahead: so are its x87 and SSE registers, and XCR0.
+        events_ahead: so is what holds interrupts off, and what it still has to deliver.
     """
 
-    __slots__ = ("_debug", "_delivered", "_regs", "_sregs", "_system", "_vcpu")
+    __slots__ = (
+        *("_area", "_cpu", "_debug", "_delivered", "_events", "_msrs", "_raw_fpu", "_regs", "_rip"),
+        *("_running", "_sregs", "_vcpu", "events_ahead", "fpu_ahead", "regs_ahead", "sregs_ahead"),
+    )
+
+    _cpu: Cpu
 
     def __init__(self, vcpu: Vcpu) -> None:
         self._vcpu = vcpu
-        self._regs = self._sregs = self._system = b""
-        self._debug: tuple[int, ...] = ()
+        self._regs = self._sregs = self._area = self._raw_fpu = b""
+        self._debug = b""
         self._delivered = 0
+        self._rip = -1
+        self._running = False
+        self._events = events.of(vcpu)
+        self._msrs = state_of(vcpu, msr_rules.Msrs)
+        self._msrs.changed |= self._msrs.values.keys()
+        self.reset()
+
+    def reset(self) -> None:
+        """KVM's registers are the ones that count: after power-on or INIT."""
+        self.regs_ahead = self.sregs_ahead = self.fpu_ahead = self.events_ahead = False
+
+    # -- into the engine ---------------------------------------------------------------------------
 
     def load(self, cpu: Cpu) -> None:
         """See ``RegisterFile``."""
-        vcpu, registers = self._vcpu, cpu.registers
-        special = sregs.of(vcpu)
-        if bytes(special.data) != self._sregs:
-            _load_special(special, cpu)
-            self._sregs = bytes(special.data)
-        regs = vcpu.get_regs()
-        if regs != self._regs:
-            *general, rip, flags = _REGS.unpack(regs)
-            for number, value in zip(_ORDER, general, strict=True):
-                registers.q[number] = value
-            registers.rip, registers.flags = rip, flags
+        vcpu = self._vcpu
+        if vcpu.mirror is not self:
+            self._cpu, vcpu.mirror = cpu, self
+        if not self.sregs_ahead:
+            self._load_special()
+        if not self.regs_ahead:
+            self._load_general()
+        elif vcpu.rip != self._rip:
+            cpu.registers.rip = vcpu.rip
+        if not self.fpu_ahead:
+            self._load_fpu()
+        if not self.events_ahead:
+            cpu.registers.shadow = bool(self._events.shadow)
+        if self._msrs.changed:
+            policy.share_msrs(vcpu, cpu)
         cpu.lbr = lbr.recording(vcpu)
         cpu.cr8 = vcpu.cr8
         cpu.wants_window = bool(vcpu.run.request_interrupt_window)
         self._load_debug(cpu)
+        self._running = True
+        self._ahead()
+
+    def _ahead(self) -> None:
+        self.regs_ahead = self.sregs_ahead = self.fpu_ahead = self.events_ahead = True
+
+    def _load_general(self) -> None:
+        regs = self._vcpu.get_regs()
+        if regs == self._regs:
+            return
+        registers = self._cpu.registers
+        *general, rip, flags = _REGS.unpack(regs)
+        for number, value in zip(_ORDER, general, strict=True):
+            registers.q[number] = value
+        registers.rip, registers.flags = rip, flags
+
+    def _load_special(self) -> None:
+        special = state_of(self._vcpu, sregs.Sregs)
+        if special.data != self._sregs:
+            load_special(special, self._cpu)
+            self._sregs = bytes(special.data)
+
+    def _load_fpu(self) -> None:
+        state = state_of(self._vcpu, fpu.Fpu)
+        if state.area != self._area:
+            x87_sse.set_legacy_area(self._cpu.registers, fpu.in_use(state.area))
+            self._raw_fpu = b""
+        self._cpu.xcr0 = state.xcr0
 
     def _load_debug(self, cpu: Cpu) -> None:
         state = self._vcpu.debug
         if state is None:
             return
-        values = (*state.dr, state.dr6, state.dr7)
-        if values != self._debug:
-            for number, value in zip((0, 1, 2, 3, 6, 7), values, strict=True):
-                cpu.registers.set_debug(number, value)
+        cpu.debugger = debug.debugger_of(state)
+        registers = cpu.registers
+        values = (*state.dr, 0, 0, state.dr6, state.dr7)
+        if _DEBUG.pack(*values) != self._debug:
+            for number in (0, 1, 2, 3, 6, 7):
+                registers.set_debug(number, values[number])
         if state.delivered != self._delivered:
             self._delivered = state.delivered
             cpu.queue(Event(DB))
@@ -96,31 +160,101 @@ class VcpuRegisters:
             cpu.queue(Event(exception.vector, exception.error_code or 0, software=software))
         if state.nmi_injected or state.nmi_pending:
             cpu.queue(Event(NMI, external=True))
-        if state.interrupt is not None:
-            cpu.interrupt = state.interrupt
+        if state.interrupt:
+            cpu.interrupt = state.interrupt_nr
+
+    # -- out of the engine -------------------------------------------------------------------------
 
     def store(self, cpu: Cpu) -> None:
         """See ``RegisterFile``."""
         vcpu, registers = self._vcpu, cpu.registers
-        q = registers.q
-        self._regs = _REGS.pack(*(q[n] for n in _ORDER), registers.rip, registers.flags)
-        vcpu.set_regs(self._regs)
+        self._running = False
+        self._ahead()
+        vcpu.rip = self._rip = registers.rip
         vcpu.cr8 = cpu.cr8
-        system = bytes(registers.env[_SYSTEM_BEGIN:_SYSTEM_END])
-        if system != self._system:
-            self._system = system
-            special = sregs.of(vcpu)
-            _store_special(special, cpu)
-            self._sregs = bytes(special.data)
-        state = vcpu.debug
-        values = tuple(registers.debug(number) for number in (0, 1, 2, 3, 6, 7))
-        if values != self._debug:
-            self._debug = values
-            state = debug.of(vcpu) if state is None else state
-            state.dr, state.dr6, state.dr7 = list(values[:4]), values[4], values[5]
+        vcpu.note_interrupt_flag(bool(registers.interrupts_on), held=self._holds(cpu))
+        found = registers.debug_bytes()
+        if found != self._debug:
+            self._store_debug(found)
+
+    def _holds(self, cpu: Cpu) -> bool:
+        """Whether an interrupt cannot be injected although the guest allows interrupts."""
+        return cpu.registers.shadow or bool(cpu.events) or self._events.waiting
+
+    def _store_debug(self, found: bytes) -> None:
+        self._debug = found
+        values = _DEBUG.unpack(found)
+        state = debug.of(self._vcpu)
+        state.dr, state.dr6, state.dr7 = list(values[:4]), values[6], values[7]
+
+    def fetch_regs(self) -> bytes:
+        """The bytes of ``kvm_regs``, as KVM has them from here on."""
+        registers = self._cpu.registers
+        q = registers.q
+        regs = _REGS.pack(*(q[number] for number in _ORDER), registers.rip, registers.flags)
+        self.regs_ahead = self._running
+        self._regs = regs
+        return regs
+
+    def fetch_sregs(self) -> None:
+        """Segments and control registers."""
+        special = state_of(self._vcpu, sregs.Sregs)
+        store_special(special, self._cpu)
+        self.sregs_ahead = self._running
+        self._sregs = bytes(special.data)
+
+    def fetch_fpu(self) -> None:
+        """x87 and SSE registers, and XCR0."""
+        state = state_of(self._vcpu, fpu.Fpu)
+        raw = x87_sse.raw(self._cpu.registers)
+        if raw != self._raw_fpu:
+            self._raw_fpu = raw
+            fpu.put_legacy(state.area, x87_sse.legacy_area(self._cpu.registers))
+        state.xcr0 = self._cpu.xcr0
+        self.fpu_ahead = self._running
+        self._area = bytes(state.area)
+
+    def fetch_events(self) -> None:
+        """What holds interrupts off, and exceptions the engine has not delivered yet."""
+        state, cpu = self._events, self._cpu
+        state.shadow = self._shadow()
+        self.events_ahead = self._running
+        if self._running:
+            return
+        for event in cpu.events:
+            if event.external:
+                state.nmi_injected = state.nmi_injected or event.vector == NMI
+            elif event.length:
+                # The instruction that raises it is executed again.
+                self._vcpu.rip -= event.length
+            else:
+                has_code = event.pushes_code
+                state.exception = events.QueuedException(
+                    event.vector,
+                    injected=True,
+                    has_error_code=has_code,
+                    error_code=event.code if has_code else 0,
+                )
+        if cpu.events:
+            cpu.events.clear()
+            debug.of(self._vcpu).queued = state.waiting
+
+    def fetch_msr(self, index: int) -> int | None:
+        """A register the guest changes without KVM."""
+        return self._cpu.registers.msr(index)
+
+    def _shadow(self) -> int:
+        """Which instruction holds interrupts off: Intel tells, AMD does not (svm.c, 6.12)."""
+        if not self._cpu.registers.shadow:
+            return 0
+        if self._vcpu.vm.machine.preset.vendor == "amd":
+            return SHADOW_STI | SHADOW_MOV_SS
+        before = self._cpu.vm.watch.read_code(self._cpu.registers.linear_rip - 1, 1)
+        return SHADOW_STI if before == b"\xfb" else SHADOW_MOV_SS
 
 
-def _load_special(special: Sregs, cpu: Cpu) -> None:
+def load_special(special: Sregs, cpu: Cpu) -> None:
+    """Segments and control registers, into the engine."""
     registers, get = cpu.registers, special.get
     for name, number in _SEGMENTS.items():
         rights = sum(get(f"{name}.{part}") << shift for part, shift, _ in _RIGHTS)
@@ -134,7 +268,8 @@ def _load_special(special: Sregs, cpu: Cpu) -> None:
     cpu.changed()
 
 
-def _store_special(special: Sregs, cpu: Cpu) -> None:
+def store_special(special: Sregs, cpu: Cpu) -> None:
+    """Segments and control registers, out of the engine."""
     registers, put = cpu.registers, special.put
     for name, number in _SEGMENTS.items():
         segment = registers.segment(number)

@@ -1,16 +1,12 @@
 """KVM_RUN over real code: exits, registers, bus locks and their #DB."""
 
-import mmap
 from errno import EINTR
 
 import pytest
 
 from kvmsim.abi.exits import Exit
-from kvmsim.abi.structs import KVM_REGS
 from kvmsim.errors import KvmError
 from kvmsim.kvm import cpuid, debug, debugctl, events, sregs
-from kvmsim.kvm.client import LocalClient
-from kvmsim.kvm.vm import KvmEnableCap
 
 pytest.importorskip("unicorn")
 
@@ -20,93 +16,6 @@ PID = 4194304
 INC = "f0 ff 07"  # lock inc dword [rdi]
 INTEL = 'vendor = "intel"\n[bus-lock]\nexit = "trap"\ndetect = true\n'
 AMD = 'vendor = "amd"\n[bus-lock]\nexit = "fault"\n'
-
-
-class Guest:
-    """A vCPU in 64-bit mode with its first 2 MiB mapped one to one."""
-
-    def __init__(self, vm, *code, ring=0):
-        from kvmsim.engine.x86.memory import Slot
-        from kvmsim.kvm.x86.guest import attach
-
-        self.ram = mmap.mmap(-1, 0x40000)
-        self.vm = vm
-        vm.enable_cap(KvmEnableCap(cap=193, args=(2, 0, 0, 0)))
-        self.vcpu = vm.create_vcpu(0)
-        self.engine = attach(vm, [self.vcpu], [Slot(0, memoryview(self.ram))])
-        self.put(CODE, *code)
-        for level in range(3):
-            self.word(TABLES + level * 4096, TABLES + (level + 1) * 4096 | 7)
-        for page in range(512):
-            self.word(TABLES + 3 * 4096 + page * 8, page * 4096 | 7)
-        self.word(0x3008, 0x00AF9B000000FFFF)
-        self.word(0x3010, 0x00CF93000000FFFF)
-        self.word(0x3018, 0x00AFFB000000FFFF)
-        self.word(0x3020, 0x00CFF3000000FFFF)
-        self.word(0x5004, STACK - 0x400)
-        self._special(ring)
-        self.set_regs(rip=CODE, rsp=STACK, rdi=DATA + 62, rflags=2)
-
-    def _special(self, ring):
-        put = sregs.of(self.vcpu).put
-        for name in ("cs", "ds", "es", "ss", "fs", "gs"):
-            code = name == "cs"
-            for part, value in {
-                "selector": (0x18 if code else 0x20) | ring if ring else 8 if code else 0x10,
-                "base": 0,
-                "limit": 0xFFFFFFFF,
-                "type": 11 if code else 3,
-                "s": 1,
-                "present": 1,
-                "dpl": ring,
-                "g": 1,
-                "l": int(code),
-                "db": int(not code),
-            }.items():
-                put(f"{name}.{part}", value)
-        for part, value in {"base": 0x5000, "limit": 0x67, "type": 11, "present": 1}.items():
-            put(f"tr.{part}", value)
-        for name, base, limit in (("gdt", 0x3000, 0x3F), ("idt", IDT, 0xFFF)):
-            put(f"{name}.base", base)
-            put(f"{name}.limit", limit)
-        for name, value in {"cr0": 0x80010011, "cr3": TABLES, "cr4": 0x620, "efer": 0xD01}.items():
-            put(name, value)
-
-    def put(self, at, *lines):
-        code = bytes.fromhex("".join(lines))
-        self.ram[at : at + len(code)] = code
-
-    def word(self, at, value):
-        self.ram[at : at + 8] = value.to_bytes(8, "little")
-
-    def regs(self, name):
-        return KVM_REGS.get(self.vcpu.get_regs(), name)
-
-    def set_regs(self, **values):
-        data = bytearray(self.vcpu.get_regs())
-        for name, value in values.items():
-            KVM_REGS.put(data, name, value)
-        self.vcpu.set_regs(bytes(data))
-
-    def run(self):
-        blocked = self.vcpu.kvm_run(0)
-        while blocked is not None:
-            blocked = self.vcpu.resume(0)
-        return self.vcpu.run.exit_reason
-
-
-@pytest.fixture
-def start(kvm):
-    made = []
-
-    def begin(preset, *code, **options):
-        system = kvm(preset)
-        made.append(Guest(system.create_vm(0, LocalClient(PID)), *code, **options))
-        return made[-1]
-
-    yield begin
-    for guest in made:
-        guest.engine.close()
 
 
 def test_ports_and_hlt_reach_user_space(start):
@@ -225,7 +134,7 @@ def test_an_interrupt_of_user_space_reaches_the_handler(start):
     guest.put(0x2000, "ff c3", "48 cf")
     assert guest.run() == Exit.HLT
     assert guest.vcpu.run.if_flag == 1
-    events.of(guest.vcpu).interrupt = 0x30
+    events.of(guest.vcpu).queue_interrupt(0x30)
     debug.of(guest.vcpu).queued = True
     assert guest.run() == Exit.HLT
     assert (guest.regs("rbx"), guest.regs("rip")) == (1, CODE + 4)
