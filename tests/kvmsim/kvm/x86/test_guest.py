@@ -12,7 +12,6 @@ pytest.importorskip("unicorn")
 
 CODE, DATA, STACK, IDT, TABLES = 0x1000, 0x8000, 0x6000, 0x4000, 0x10000
 HLT = "f4"
-PID = 4194304
 INC = "f0 ff 07"  # lock inc dword [rdi]
 INTEL = 'vendor = "intel"\n[bus-lock]\nexit = "trap"\ndetect = true\n'
 AMD = 'vendor = "amd"\n[bus-lock]\nexit = "fault"\n'
