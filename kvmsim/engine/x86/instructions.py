@@ -29,6 +29,8 @@ DR6_BD = 1 << 13
 XCR0_KNOWN = 0x7
 _FLAT_CODE = r.RIGHTS_G | r.RIGHTS_P | r.RIGHTS_S | 0xB << 8
 _FLAT_DATA = r.RIGHTS_G | r.RIGHTS_DB | r.RIGHTS_P | r.RIGHTS_S | 3 << 8
+#: Bytes that one exit for INS brings at most, and a page.
+READ_AHEAD, PAGE_SIZE = 1024, 4096
 
 
 def execute(cpu: Cpu, found: Instruction) -> Stop | None:
@@ -93,7 +95,7 @@ def _in_out(cpu: Cpu, found: Instruction) -> Stop:
 
 
 def _string(cpu: Cpu, found: Instruction) -> Stop | None:
-    """INS and OUTS, one element at a time; RIP moves with the last."""
+    """OUTS, one element at a time, and INS, a batch at a time; RIP moves with the last."""
     registers = cpu.registers
     size = _port_size(found)
     mask = (1 << found.address_bits) - 1
@@ -105,36 +107,54 @@ def _string(cpu: Cpu, found: Instruction) -> Stop | None:
     outwards = bool(found.opcode & 2)
     index = r.RSI if outwards else r.RDI
     number = r.ES if not outwards else DS if found.segment == NONE else found.segment
-    at = cpu.linear_address(number, registers.q[index] & mask)
     user = registers.cpl == 3
 
-    def done() -> None:
-        step = -size if registers.flags & r.FLAG_DF else size
+    def place() -> int:
+        return cpu.linear_address(number, registers.q[index] & mask)
+
+    def done(elements: int = 1) -> None:
+        step = -size if registers.flags & r.FLAG_DF else size * elements
         cpu.set_masked(index, registers.q[index] + step, found.address_bits)
         left = 0
         if found.repeat:
-            cpu.set_masked(r.RCX, registers.q[r.RCX] - 1, found.address_bits)
+            cpu.set_masked(r.RCX, registers.q[r.RCX] - elements, found.address_bits)
             left = registers.q[r.RCX] & mask
         if not left:
             registers.advance(found.length)
 
     if outwards:
-        data = cpu.linear.read(at, size, user=user)
+        data = cpu.linear.read(place(), size, user=user)
         cpu.on_completion(lambda _data: done())
         return Io(port=port, size=size, data=data)
+    at = place()
+    count = _nr_elements(cpu, found, at, size)
     # Faults come before the port is read: reading may have an effect.
-    for place in {at, at + size - 1}:
+    for page in {at, at + count * size - 1}:
         try:
-            translate(registers, cpu.memory, place, write=True, user=user)
+            translate(registers, cpu.memory, page, write=True, user=user)
         except PageFault as fault:
             raise Fault(PF, fault.code, fault.address) from None
 
     def took(data: bytes) -> None:
-        cpu.linear.write(at, data[:size].ljust(size, b"\0"), user=user)
-        done()
+        # User space may have changed the registers: what they ask for is what is stored.
+        elements = _nr_elements(cpu, found, place(), size)
+        cpu.linear.write(place(), data[: elements * size].ljust(elements * size, b"\0"), user=user)
+        done(elements)
 
     cpu.on_completion(took)
-    return Io(port=port, size=size)
+    return Io(port=port, size=size, count=count)
+
+
+def _nr_elements(cpu: Cpu, found: Instruction, at: int, size: int) -> int:
+    """How many elements of INS one exit asks for: KVM reads ahead within a page.
+
+    Linux 6.12 arch/x86/kvm/emulate.c pio_in_emulated; backwards it does not.
+    """
+    registers = cpu.registers
+    if not found.repeat or registers.flags & r.FLAG_DF:
+        return 1
+    asked = registers.q[r.RCX] & (1 << found.address_bits) - 1
+    return max(1, min(asked, READ_AHEAD // size, (PAGE_SIZE - at % PAGE_SIZE) // size))
 
 
 # -- the rest --------------------------------------------------------------------------------------
