@@ -23,13 +23,16 @@ from kvmsim.abi.structs import (
     KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
     KVM_DEBUGREGS,
     KVM_GUEST_DEBUG,
+    KVM_GUESTDBG_BLOCKIRQ,
     KVM_GUESTDBG_ENABLE,
     KVM_GUESTDBG_INJECT_BP,
     KVM_GUESTDBG_INJECT_DB,
     KVM_GUESTDBG_SINGLESTEP,
     KVM_GUESTDBG_USE_HW_BP,
+    KVM_GUESTDBG_USE_SW_BP,
 )
 from kvmsim.engine.base import Debug
+from kvmsim.engine.x86.breakpoints import Debugger, dr6_after
 from kvmsim.errors import KvmError
 from kvmsim.kvm import capabilities, events, exits, protected
 from kvmsim.kvm.dispatch import VcpuFile, handles
@@ -64,16 +67,29 @@ class GuestDebug:
         dr7: debug control.
         debugctl: ``IA32_DEBUGCTL`` as the guest reads it.
         control: what ``KVM_SET_GUEST_DEBUG`` asked for; 0 without a debugger.
+        breakpoints: DR0 to DR3 and DR7 of a debugger that uses them; None: the guest's count.
         trap: payload of a #DB the processor still has to deliver, 0 without one.
         queued: some event waits for the next entry; ``kvmsim.kvm.events`` has it.
         delivered: #DBs the guest has got.
         lbr: its last-branch records; None: it never used them.
     """
 
-    __slots__ = ("control", "debugctl", "delivered", "dr", "dr6", "dr7", "lbr", "queued", "trap")
+    __slots__ = (
+        "breakpoints",
+        "control",
+        "debugctl",
+        "delivered",
+        "dr",
+        "dr6",
+        "dr7",
+        "lbr",
+        "queued",
+        "trap",
+    )
 
     def __init__(self) -> None:
         self.control = 0
+        self.breakpoints: tuple[int, int, int, int, int] | None = None
         self.delivered = 0
         self.lbr: GuestLbr | None = None
         self.reset()
@@ -104,14 +120,6 @@ def dr6_written(value: int, *, bus_lock_detect: bool, rtm: bool) -> int:
     fixed |= 0 if rtm else DR6_RTM
     fixed |= 0 if bus_lock_detect else DR6_BUS_LOCK
     return (value & DR6_VOLATILE) | fixed
-
-
-def dr6_after(dr6: int, payload: int) -> int:
-    """What DR6 holds after a #DB with this payload was delivered."""
-    dr6 = (dr6 & ~0xF) | DR6_RTM
-    dr6 &= ~(payload & DR6_ACTIVE_LOW)
-    dr6 |= payload & ~DR6_ACTIVE_LOW
-    return (dr6 & ~(1 << 12)) | DR6_FIXED_1
 
 
 def has_bus_lock_detect(vcpu: Vcpu) -> bool:
@@ -151,6 +159,19 @@ def write_dr6(vcpu: Vcpu, value: int) -> bool:
     return True
 
 
+def debugger_of(debug: GuestDebug) -> Debugger | None:
+    """What the debugger in user space wants of an engine that executes code; None: nothing."""
+    control = debug.control
+    if not control:
+        return None
+    return Debugger(
+        single_step=bool(control & KVM_GUESTDBG_SINGLESTEP),
+        int3=bool(control & KVM_GUESTDBG_USE_SW_BP),
+        registers=debug.breakpoints,
+        blocks_interrupts=bool(control & KVM_GUESTDBG_BLOCKIRQ),
+    )
+
+
 # -- delivery ------------------------------------------------------------------------------------
 
 
@@ -169,6 +190,10 @@ def deliver(vcpu: Vcpu, debug: GuestDebug) -> int | None:
     payload, debug.trap = debug.trap, 0
     if not payload:
         return None
+    # One #DB for all its causes: what an engine with code of its own is about to raise goes along.
+    take_traps = getattr(vcpu.engine, "take_traps", None)
+    if take_traps is not None:
+        payload |= take_traps()
     if debug.control & (KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_USE_HW_BP):
         exits.report_debug(vcpu, Debug(exception=DB_VECTOR, dr6=payload, dr7=debug.dr7))
         return Exit.DEBUG
@@ -243,7 +268,8 @@ def set_guest_debug(vcpu: Vcpu, call: Call) -> int:
     """A debugger comes, changes its mind or goes. Unknown control bits are accepted."""
     if protected.has_vmsa(vcpu):
         raise KvmError(EINVAL, "a debugger needs registers that are not encrypted")
-    control = KVM_GUEST_DEBUG.get(call.read(KVM_GUEST_DEBUG.size_bytes), "control")
+    data = call.read(KVM_GUEST_DEBUG.size_bytes)
+    control = KVM_GUEST_DEBUG.get(data, "control")
     debug = of(vcpu)
     if control & (KVM_GUESTDBG_INJECT_DB | KVM_GUESTDBG_INJECT_BP):
         if events.of(vcpu).exception.pending:
@@ -253,4 +279,7 @@ def set_guest_debug(vcpu: Vcpu, call: Call) -> int:
         events.queue_exception(vcpu, vector)
         debug.queued = True
     debug.control = control if control & KVM_GUESTDBG_ENABLE else 0
+    uses = debug.control & KVM_GUESTDBG_USE_HW_BP
+    values = [KVM_GUEST_DEBUG.get(data, "arch", index) for index in range(8)]
+    debug.breakpoints = (values[0], values[1], values[2], values[3], values[7]) if uses else None
     return 0

@@ -37,6 +37,7 @@ HOOK_CODE = 4
 HOOK_BLOCK = 8
 HOOK_UNMAPPED = 0x70
 HOOK_PROTECTED = 0x380
+HOOK_READ, HOOK_WRITE = 1024, 2048
 HOOK_INVALID = 16384
 HOOK_EDGE = 32768
 
@@ -74,6 +75,10 @@ _INVALID_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_vo
 _MEMORY_CALLBACK = ctypes.CFUNCTYPE(
     *(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_int),
     *(ctypes.c_uint64, ctypes.c_void_p),
+)
+_ACCESS_CALLBACK = ctypes.CFUNCTYPE(
+    *(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_int),
+    *(ctypes.c_int64, ctypes.c_void_p),
 )
 _MMIO_READ = ctypes.CFUNCTYPE(
     ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_void_p
@@ -308,6 +313,17 @@ class Unicorn:
     def hook_memory(self, callback: Callback, begin: int, end: int) -> int:
         """Call back on accesses that do not go through at [begin, end]; a handle."""
         return self._hook(HOOK_UNMAPPED | HOOK_PROTECTED, callback, begin, end)
+
+    def hook_accesses(self, function: Callable[[int, int, int], None], begin: int, end: int) -> int:
+        """Call back with (kind, gpa, size) of accesses that begin at [begin, end]; a handle.
+
+        With begin beyond end: of all accesses. Blocks translated before do not call.
+        """
+        callback = _ACCESS_CALLBACK(
+            lambda _uc, kind, gpa, size, _value, _data: function(kind, gpa, size)
+        )
+        self._keep.append(callback)
+        return self._hook(HOOK_READ | HOOK_WRITE, callback, begin, end)
 
     def _hook(self, kind: int, callback: Callback, begin: int, end: int, data: int = 0) -> int:
         handle = ctypes.c_size_t()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvmsim.engine.base import Stop
+    from kvmsim.engine.x86.breakpoints import Debugger
     from kvmsim.engine.x86.delivery import Event
     from kvmsim.engine.x86.lbr import LastBranches
     from kvmsim.engine.x86.memory import Memory
@@ -43,7 +44,9 @@ class Cpu:
         xcr0: enabled extended state.
         admitted: linear address of a locked instruction that may take its bus lock; -1: none. It
             holds for the next execution of that instruction (fault-like stops).
-        single_step: stop with a #DB for user space behind every instruction.
+        debugger: what a debugger in user space wants; None: there is none.
+        traps: payload of the #DB that is due before the next instruction; 0: none.
+        nmi_masked: an NMI was delivered, and no IRET executed since.
         interrupt: vector of an external interrupt that comes as soon as the guest takes it.
         wants_window: stop when the guest can take an interrupt.
         guest_ns: guest time it has executed.
@@ -70,7 +73,10 @@ class Cpu:
         self.xcr0 = 1
         self.events: list[Event] = []
         self.admitted = -1
-        self.single_step = False
+        self.debugger: Debugger | None = None
+        self.traps = 0
+        self.nmi_masked = False
+        self._owed_traps = 0
         self.interrupt: int | None = None
         self.wants_window = False
         self.guest_ns = self.stopped_ns = 0
@@ -122,6 +128,15 @@ class Cpu:
 
     # -- events --------------------------------------------------------------------------------
 
+    @property
+    def steps(self) -> bool:
+        """Whether a debugger single-steps it."""
+        return self.debugger is not None and self.debugger.single_step
+
+    def owe_trap(self, payload: int) -> None:
+        """A #DB is due when the instruction that waits for user space is completed."""
+        self._owed_traps |= payload
+
     def queue(self, event: Event) -> None:
         """Deliver an event at the next entry, before anything else is executed.
 
@@ -133,6 +148,8 @@ class Cpu:
     def interruptible(self) -> bool:
         """Whether an external interrupt would be taken now."""
         registers = self.registers
+        if self.debugger is not None and self.debugger.blocks_interrupts:
+            return False
         return bool(registers.flags & r.FLAG_IF) and not registers.shadow and not self.events
 
     # -- completion ----------------------------------------------------------------------------
@@ -168,10 +185,14 @@ class Cpu:
             if self._executes:
                 self.vm.load(self)
             function(data)
+            if self._completion is None:
+                self.traps |= self._owed_traps
+                self._owed_traps = 0
 
     def abandon(self) -> None:
         """User space went elsewhere: the instruction of the last stop is not completed."""
         self._completion = None
+        self._owed_traps = 0
         self.stops.clear()
 
     # -- state -----------------------------------------------------------------------------------

@@ -1,14 +1,18 @@
-"""Guest debugging: single steps that user space asked for."""
+"""Execution instruction by instruction.
+
+It is needed for a debugger in user space that steps, for breakpoints on data, for the instruction
+at which the guest returns with RF set while there are breakpoints on code, and for alignment checks
+(CR0.AM, EFLAGS.AC, CPL 3).
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.base import Debug
-from kvmsim.engine.x86 import exits
+from kvmsim.engine.x86 import breakpoints, decode, exits
 from kvmsim.engine.x86 import registers as r
-from kvmsim.engine.x86.delivery import DB
-from kvmsim.engine.x86.stepping import DR6_BS
+from kvmsim.engine.x86.delivery import AC, DB, Event
+from kvmsim.engine.x86.stepping import EXCEPTION_IS_INT, LOADS_FLAGS
 from kvmsim.engine.x86.watch import Why
 
 if TYPE_CHECKING:
@@ -16,23 +20,74 @@ if TYPE_CHECKING:
     from kvmsim.engine.x86.cpu import Cpu
     from kvmsim.engine.x86.vm import X86Vm
 
+#: What one instruction costs here, in bytes of code.
+STEP_BYTES = 400
+PUSHF = 0x9C
+
+
+def is_needed(cpu: Cpu) -> bool:
+    """Whether a vCPU is to be executed instruction by instruction."""
+    if cpu.steps or cpu.registers.checks_alignment:
+        return True
+    if not breakpoints.armed(cpu):
+        return False
+    return bool(cpu.registers.flags & r.FLAG_RF) or breakpoints.watches_data(cpu)
+
 
 def step(vm: X86Vm, cpu: Cpu) -> Stop | None:
-    """Execute one instruction for a debugger in user space: it gets the #DB, not the guest."""
+    """Execute one instruction; None: the guest goes on."""
     watch, registers = vm.watch, cpu.registers
-    before, guests = registers.debug(6), registers.flags & r.FLAG_TF
-    registers.flags |= r.FLAG_TF
-    why, _status = watch.execute(cpu)
-    registers.flags &= ~r.FLAG_TF | guests
+    vm.meter.charge(STEP_BYTES)
+    at = registers.linear_rip
+    if breakpoints.armed(cpu) and not registers.flags & r.FLAG_RF:
+        payload = breakpoints.code_payload(cpu, at)
+        if payload:
+            return breakpoints.raise_db(cpu, payload, fault=True)
+    aligned = registers.checks_alignment
+    vm.accesses.watch(breakpoints.places(cpu), aligned=aligned)
+    found = decode.decode(watch.read_code(at, decode.MAX_LENGTH), 0, registers.mode)
+    opcode = 0 if found is None else found.opcode
+    before = bytes(registers.env)
+    why = _execute(vm, cpu, opcode)
+    if vm.accesses.misaligned:
+        registers.env[:] = before
+        vm.accesses.undo()
+        watch.take(cpu)
+        cpu.queue(Event(AC))
+        return None
     taken = watch.take(cpu)
-    over = Debug(exception=DB, dr6=DR6_BS, dr7=registers.debug(7))
-    if why is Why.INTERRUPT and watch.vector == DB:
-        registers.set_debug(6, before)
-        if taken is not None:
-            cpu.stops.append(over)
-        return taken or over
+    if why is Why.INTERRUPT and watch.vector == DB and not registers.d[EXCEPTION_IS_INT]:
+        exits.completed(cpu, vm.accesses.hits, stepped=bool(before_flags(before) & r.FLAG_TF))
+        return taken
     if taken is not None or why in {Why.NEW_SITES, Why.NOTHING}:
         return taken
-    at = registers.rip
-    stop = exits.handle(vm, cpu, why)
-    return over if stop is None and why is Why.SITE and registers.rip != at else stop
+    return exits.handle(vm, cpu, why)
+
+
+def before_flags(env: bytes) -> int:
+    """EFLAGS of a saved state, TF among them."""
+    return int.from_bytes(env[136:144], "little")
+
+
+def _execute(vm: X86Vm, cpu: Cpu, opcode: int) -> Why:
+    """Let the emulator execute one instruction with TF set, unseen by the guest."""
+    registers = cpu.registers
+    guests, status = registers.flags & r.FLAG_TF, registers.debug(6)
+    registers.flags |= r.FLAG_TF
+    why, _status = vm.watch.execute(cpu)
+    registers.set_debug(6, status)
+    done = why is Why.INTERRUPT and vm.watch.vector == DB
+    if not done or opcode not in LOADS_FLAGS:
+        registers.flags = registers.flags & ~r.FLAG_TF | guests
+    if done and opcode == PUSHF and not guests:
+        _hide_trap_flag(cpu)
+    return why
+
+
+def _hide_trap_flag(cpu: Cpu) -> None:
+    """PUSHF stored a TF that is not the guest's."""
+    registers = cpu.registers
+    wide = registers.mode == 64 or registers.segment(r.SS).rights & r.RIGHTS_DB
+    pointer = registers.q[r.RSP] & (r.U64 if registers.mode == 64 else r.U32 if wide else 0xFFFF)
+    at = cpu.linear_address(r.SS, pointer) + 1
+    cpu.linear.write(at, bytes([cpu.linear.read(at, 1)[0] & ~1]), user=registers.cpl == 3)

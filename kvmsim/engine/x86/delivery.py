@@ -61,6 +61,7 @@ class Event:
         code: error code, for exceptions that have one.
         software: raised by INT n, INT3 or INTO: gates check the privilege level.
         length: bytes of the instruction that raised a software interrupt.
+        resumes: a #DB that is a fault: RF is set where the guest returns to.
         external: an interrupt or NMI: its faults say so in their error code.
     """
 
@@ -69,6 +70,7 @@ class Event:
     software: bool = False
     external: bool = False
     length: int = 0
+    resumes: bool = False
 
     @property
     def pushes_code(self) -> bool:
@@ -292,7 +294,7 @@ def _entered_flags(registers: Registers, kind: int) -> int:
 def _pushed_flags(registers: Registers, event: Event) -> int:
     """Faults push RF set, so that a breakpoint on the instruction does not hit again."""
     trap = event.software or event.external or event.vector in {DB, BP, OF, DF}
-    return registers.flags | (0 if trap else r.FLAG_RF)
+    return registers.flags | (0 if trap and not event.resumes else r.FLAG_RF)
 
 
 def _deliver_long(registers: Registers, linear: Linear, event: Event) -> None:

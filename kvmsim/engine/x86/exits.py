@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.base import BusLock, InternalError, SplitLockAc
-from kvmsim.engine.x86 import delivery, instructions, mmio, stepping
+from kvmsim.engine.base import BusLock, Debug, InternalError, Io, SplitLockAc
+from kvmsim.engine.x86 import breakpoints, delivery, instructions, mmio, stepping
 from kvmsim.engine.x86 import registers as r
-from kvmsim.engine.x86.delivery import AC, DB, UD, Event, Fault
+from kvmsim.engine.x86.delivery import AC, BP, DB, UD, Event, Fault
 from kvmsim.engine.x86.sites import Kind
 from kvmsim.engine.x86.stepping import EXCEPTION_IS_INT, trap
 from kvmsim.engine.x86.watch import Why
@@ -51,7 +51,10 @@ def handle(vm: X86Vm, cpu: Cpu, why: Why) -> Stop | None:
     if why is Why.SITE:
         stop = _at_site(vm, cpu)
     elif why is Why.INTERRUPT:
-        _interrupted(vm, cpu)
+        stop = _interrupted(vm, cpu)
+    elif why is Why.BREAKPOINT:
+        payload = breakpoints.code_payload(cpu, cpu.registers.linear_rip)
+        return breakpoints.raise_db(cpu, payload, fault=True)
     elif why is Why.INVALID:
         cpu.queue(Event(UD))
     elif why is Why.ACCESS:
@@ -86,39 +89,62 @@ def _execute_site(vm: X86Vm, cpu: Cpu, site: Site) -> Stop | None:
     if site.found.locked:
         cpu.queue(Event(UD))
         return None
-    traps = cpu.registers.flags & r.FLAG_TF
+    stepped = bool(cpu.registers.flags & r.FLAG_TF)
     at = cpu.registers.linear_rip
     try:
         stop = instructions.execute(cpu, site.found)
     except Fault as fault:
-        raise_fault(cpu, fault)
-        return None
+        return raise_fault(cpu, fault)
     if site.found.opcode in {SYSCALL, SYSENTER}:
         vm.branches.far(at, cpu.registers.linear_rip)
     elif site.found.opcode == WRMSR:
         vm.branches.watch(cpu)
-    if traps and stop is None:
-        trap(cpu)
+    hits = 0
+    if isinstance(stop, Io) and breakpoints.armed(cpu):
+        hits = breakpoints.port_payload(cpu, stop.port, stop.size)
+    completed(cpu, hits, stepped=stepped)
     return stop
 
 
-def raise_fault(cpu: Cpu, fault: Fault) -> None:
-    """Queue the exception of an instruction the engine executed."""
+def completed(cpu: Cpu, hits: int, *, stepped: bool) -> None:
+    """An instruction is done, or will be when user space has answered: is a #DB due?
+
+    Args:
+        cpu: whose.
+        hits: bits of the breakpoints it met.
+        stepped: TF was set when it began.
+    """
+    payload = hits | (breakpoints.DR6_BS if stepped or cpu.steps else 0)
+    if cpu.pending:
+        cpu.owe_trap(payload)
+    else:
+        cpu.traps |= payload
+
+
+def raise_fault(cpu: Cpu, fault: Fault) -> Stop | None:
+    """Queue the exception of an instruction the engine executed; a stop if it is a debugger's."""
+    if fault.vector == DB:
+        return breakpoints.raise_db(cpu, fault.code, fault=True)
     if fault.address is not None:
         cpu.registers.cr2 = fault.address
     cpu.queue(Event(fault.vector, fault.code))
+    return None
 
 
-def _interrupted(vm: X86Vm, cpu: Cpu) -> None:
+def _interrupted(vm: X86Vm, cpu: Cpu) -> Stop | None:
     """An exception, or INT n with RIP behind it already."""
     vector, registers = vm.watch.vector, cpu.registers
     software = bool(registers.d[EXCEPTION_IS_INT])
     if vector == DB and not software:
         trap(cpu)
-        return
+        return None
     code = registers.error_code if vector in delivery.WITH_CODE and not software else 0
     length = _int_length(vm, cpu, vector) if software else 0
+    if vector == BP and length == 1 and cpu.debugger is not None and cpu.debugger.int3:
+        registers.rip -= length
+        return Debug(exception=BP, dr7=breakpoints.registers_of(cpu)[4])
     cpu.queue(Event(vector, code, software=software, length=length))
+    return None
 
 
 def _int_length(vm: X86Vm, cpu: Cpu, vector: int) -> int:

@@ -75,6 +75,11 @@ class X86Guest:
         """KVM is about to deliver what waits: the guest gets it at the next entry."""
         self._file.deliver(self.cpu)
 
+    def take_traps(self) -> int:
+        """Payload of the #DB that is due, which KVM merges with one of its own; then none is."""
+        traps, self.cpu.traps = self.cpu.traps, 0
+        return traps
+
     def settle(self, vcpu: GuestVcpu) -> None:
         """Finish the instruction of the last stop with what user space answered.
 

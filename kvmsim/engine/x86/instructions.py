@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.base import Hlt, Hypercall, Io, Rdmsr, SystemEvent, Wrmsr
+from kvmsim.engine.x86 import breakpoints
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.decode import DS, NONE
 from kvmsim.engine.x86.delivery import DB, GP, PF, UD, Event, Fault
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 CR4_TSD, CR4_DE, CR4_PCE, CR4_OSXSAVE = 1 << 2, 1 << 3, 1 << 8, 1 << 18
 EFER_SCE = 1
-DR7_GD = 1 << 13
-DR6_BD = 1 << 13
 XCR0_KNOWN = 0x7
 _FLAT_CODE = r.RIGHTS_G | r.RIGHTS_P | r.RIGHTS_S | 0xB << 8
 _FLAT_DATA = r.RIGHTS_G | r.RIGHTS_DB | r.RIGHTS_P | r.RIGHTS_S | 3 << 8
@@ -166,9 +165,9 @@ def _hlt(cpu: Cpu, found: Instruction) -> Stop:
     return Hlt()
 
 
-def _int1(cpu: Cpu, found: Instruction) -> None:
+def _int1(cpu: Cpu, found: Instruction) -> Stop | None:
     cpu.registers.advance(found.length)
-    cpu.queue(Event(DB))
+    return breakpoints.raise_db(cpu, 0)
 
 
 def _cpuid(cpu: Cpu, found: Instruction) -> None:
@@ -296,10 +295,8 @@ def _mov_dr(cpu: Cpu, found: Instruction) -> None:
     if number > 7 or (number in {4, 5} and registers.cr4 & CR4_DE):
         raise Fault(UD)
     _require_ring_0(cpu)
-    if registers.debug(7) & DR7_GD:
-        registers.set_debug(6, registers.debug(6) | DR6_BD)
-        registers.set_debug(7, registers.debug(7) & ~DR7_GD)
-        raise Fault(DB)
+    if breakpoints.registers_of(cpu)[4] & breakpoints.DR7_GD:
+        raise Fault(DB, breakpoints.DR6_BD)
     number += 2 if number in {4, 5} else 0
     mask = r.U64 if registers.mode == 64 else r.U32
     if found.opcode == 0x0F21:

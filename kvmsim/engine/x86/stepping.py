@@ -5,22 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.x86 import registers as r
-from kvmsim.engine.x86.delivery import DB, Event
+from kvmsim.engine.x86.breakpoints import DR6_BS
+from kvmsim.engine.x86.delivery import DB
 from kvmsim.engine.x86.watch import Why
 
 if TYPE_CHECKING:
     from kvmsim.engine.x86.cpu import Cpu
     from kvmsim.engine.x86.vm import X86Vm
 
-DR6_BS = 1 << 14
 #: Whether the last exception came of an INT instruction; a 32-bit word of the emulator's state.
 EXCEPTION_IS_INT = 5388 // 4
+#: POPF and IRET.
+LOADS_FLAGS = frozenset({0x9D, 0xCF})
 
 
 def trap(cpu: Cpu) -> None:
-    """A single step of the guest's own is over."""
-    cpu.registers.set_debug(6, cpu.registers.debug(6) | DR6_BS)
-    cpu.queue(Event(DB))
+    """A single step is over."""
+    cpu.traps |= DR6_BS
 
 
 def single(vm: X86Vm, cpu: Cpu, *, restores_flags: bool = False) -> Why:
@@ -49,7 +50,7 @@ def single(vm: X86Vm, cpu: Cpu, *, restores_flags: bool = False) -> Why:
     software = registers.d[EXCEPTION_IS_INT]
     if why is Why.INTERRUPT and watch.vector == DB and not software:
         registers.set_debug(6, before)
-        if guests:
+        if guests or cpu.steps:
             trap(cpu)
         return Why.NOTHING
     return why

@@ -21,8 +21,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.base import BusLock, Executing, InKernel, InternalError, IrqWindow, Shutdown
-from kvmsim.engine.x86 import debugger, delivery, exits
+from kvmsim.engine.x86 import breakpoints, debugger, delivery, exits
 from kvmsim.engine.x86 import registers as r
+from kvmsim.engine.x86.accesses import Accesses
 from kvmsim.engine.x86.backend import CODE_BYTES, Unicorn
 from kvmsim.engine.x86.branches import BranchFeed
 from kvmsim.engine.x86.cpu import Cpu
@@ -92,6 +93,7 @@ class X86Vm:
         self._operands = Operands(self.live, self.memory)
         self.branches = BranchFeed(self)
         self.watch = Watch(self, self._operands)
+        self.accesses = Accesses(self.unicorn, self.memory)
         self._on_access = self.unicorn.memory_callback(self.watch.on_access)
         self._access_hooks: dict[tuple[int, int], int] = {}
         #: vCPUs whose turn to execute in work() has not ended.
@@ -252,6 +254,8 @@ class X86Vm:
 
     def _deliver(self, cpu: Cpu) -> Stop | None:
         """Deliver what is queued; the stop of a VMM that waits for a window."""
+        if cpu.traps and (stop := breakpoints.deliver(cpu)) is not None:
+            return stop
         if cpu.interrupt is not None and cpu.interruptible:
             cpu.queue(Event(cpu.interrupt, external=True))
             cpu.interrupt = None
@@ -275,8 +279,9 @@ class X86Vm:
 
     def _step(self, cpu: Cpu) -> Stop | None:
         """Execute until the emulator stops; None: it goes on."""
-        if cpu.single_step:
+        if debugger.is_needed(cpu):
             return debugger.step(self, cpu)
+        self.watch.arm(cpu)
         return exits.ended(self, cpu, *self.watch.execute(cpu))
 
     # -- running in another thread -----------------------------------------------------------------
@@ -305,7 +310,7 @@ class X86Vm:
             stop = self._deliver(cpu)
             if stop is not None:
                 cpu.stops.append(stop)
-            elif cpu.single_step:
+            elif debugger.is_needed(cpu):
                 break
             else:
                 self._execute_aside(cpu)
@@ -313,6 +318,7 @@ class X86Vm:
         cpu.guest_ns += self.meter.used() // BYTES_PER_NS
 
     def _execute_aside(self, cpu: Cpu) -> None:
+        self.watch.arm(cpu)
         why, status = self.watch.execute(cpu)
         exception = why is Why.INTERRUPT and self.watch.vector not in _KVMS_EXCEPTIONS
         if exception or why in _OWN_BUSINESS:

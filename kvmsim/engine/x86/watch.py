@@ -18,12 +18,14 @@ told from one that was. Translated blocks come to know a new callback only by be
 from __future__ import annotations
 
 from enum import Enum, auto
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.base import BusLock
+from kvmsim.engine.x86 import breakpoints, paging, sites
 from kvmsim.engine.x86 import decode as d
-from kvmsim.engine.x86 import paging, sites
 from kvmsim.engine.x86.memory import NoMemory
+from kvmsim.engine.x86.registers import FLAG_RF, FLAG_TF
 from kvmsim.engine.x86.sites import Kind, Site
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class Why(Enum):
     INTERRUPT = auto()
     INVALID = auto()
     ACCESS = auto()  # memory that is not there
+    BREAKPOINT = auto()  # in front of an instruction with a breakpoint
 
 
 class Watch:
@@ -76,6 +79,8 @@ class Watch:
         self._new_code: list[tuple[int, int]] = []
         self._flush_code = False
         self._cpu: Cpu | None = None
+        self._points: frozenset[int] = frozenset()
+        self._points_hooked: set[int] = set()
         self.site: Site | None = None
         self.vector = 0
         self.access: tuple[int, int, int, int] | None = None
@@ -113,6 +118,16 @@ class Watch:
         cpu.bus_locks += 1
         return BusLock(cpl=cpu.registers.cpl)
 
+    def arm(self, cpu: Cpu) -> None:
+        """Stop in front of the code breakpoints a vCPU has at this moment."""
+        self._points = breakpoints.code_addresses(cpu) if breakpoints.armed(cpu) else frozenset()
+        missing = self._points - self._points_hooked
+        for address in missing:
+            self._unicorn.hook_code(partial(self._at_breakpoint, address), address)
+        if missing:
+            self._points_hooked |= missing
+            self._unicorn.flush_code()
+
     # -- callbacks; they may only take notes and stop ---------------------------------------------
 
     def _stop(self, why: Why) -> None:
@@ -138,8 +153,15 @@ class Watch:
         elif site.kind is not Kind.NEXT:
             self._look(site)
 
+    def _at_breakpoint(self, address: int) -> None:
+        if self._why is Why.NOTHING and not self.stepping and self._breaks(address):
+            self._stop(Why.BREAKPOINT)
+
+    def _breaks(self, address: int) -> bool:
+        return address in self._points and not self._live.flags & FLAG_RF
+
     def _look(self, site: Site) -> None:
-        if self.stepping:
+        if self.stepping or self._why is not Why.NOTHING:
             return
         pending = self._pending
         if pending is not None:
@@ -152,6 +174,9 @@ class Watch:
             if found is None:
                 return
             site = found
+        if self._points and self._breaks(site.address):
+            self._stop(Why.BREAKPOINT)
+            return
         kind = site.kind
         if kind is Kind.LOCK:
             self._look_at_lock(site)
@@ -165,6 +190,8 @@ class Watch:
         cpu = self._cpu
         if site.kind is not Kind.WINDOW or cpu is None:
             return False
+        if self._points or cpu.nmi_masked:
+            return True
         return cpu.wants_window or cpu.interrupt is not None
 
     def _look_at_lock(self, site: Site) -> None:
@@ -219,6 +246,11 @@ class Watch:
         self._why = Why.ACCESS
 
     def _on_block_made(self, address: int, size: int) -> None:
+        if self._live.checks_alignment and not self._live.flags & FLAG_TF:
+            # The vCPU checks alignment since some instruction just now: debugger.is_needed.
+            self._new_code.append((address, address + size))
+            self._stop(Why.NEW_SITES)
+            return
         code = self.read_code(address, size)
         self._vm.branches.made(address, code)
         met = any(at in self._sites for at in range(address, address + size))

@@ -16,6 +16,7 @@ from kvmsim.engine.base import (
     Shutdown,
 )
 from kvmsim.engine.x86 import registers as r
+from kvmsim.engine.x86.breakpoints import Debugger
 from kvmsim.engine.x86.meter import Meter
 from kvmsim.engine.x86.policy import PlainPolicy
 
@@ -76,7 +77,7 @@ def test_random_locked_instructions_are_found_by_the_rule(make_guest):
 def test_a_debugger_steps_through_everything(guest):
     guest.long("90", "f0 ff 07", "0f a2", "eb 00", HLT)
     guest.q[r.RDI] = DATA + 62
-    guest.cpu.single_step = True
+    guest.cpu.debugger = Debugger(single_step=True)
     seen = []
     while not isinstance(stop := guest.run(), Hlt):
         seen.append((type(stop), guest.r.rip - CODE))
@@ -86,7 +87,7 @@ def test_a_debugger_steps_through_everything(guest):
 
 def test_a_debugger_sees_a_port_access_and_goes_on(guest):
     guest.long("ec", "90", HLT)
-    guest.cpu.single_step = True
+    guest.cpu.debugger = Debugger(single_step=True)
     assert isinstance(guest.run(), Io)
     guest.cpu.complete(b"\x01")
     stop = guest.run()
