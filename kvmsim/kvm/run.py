@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from errno import EAGAIN, EINTR, EINVAL, EIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from kvmsim.abi.caps import (
     KVM_MP_STATE_AP_RESET_HOLD,
@@ -47,7 +47,7 @@ from kvmsim.engine.base import (
     Wrmsr,
 )
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, debug, delegated, exits, lbr, sev, split_lock
+from kvmsim.kvm import bus_lock, debug, delegated, exits, interrupts, lbr, sev, split_lock
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import (
     U16_FLAGS,
@@ -159,8 +159,7 @@ def kvm_run(vcpu: Vcpu, now_ns: int) -> Blocked | None:
         if immediate_exit:
             store_page(vcpu)
             raise KvmError(EINTR, "immediate_exit")
-        vcpu.phase = WAIT_SIPI
-        return Halted()
+        return _wait_for_start(vcpu)
     take_over_page(vcpu)
     if vcpu.pending is not None:
         _complete(vcpu)
@@ -207,14 +206,28 @@ def resume(vcpu: Vcpu, now_ns: int) -> Blocked | None:
                 return None
             return enter(vcpu, now_ns)
         return _stopped(vcpu, stop, now_ns)
-    if phase == READY:
+    if phase in {READY, HALTED}:
         return enter(vcpu, now_ns)
     if phase == SIPI:
-        vcpu.phase = OUT
-        store_page(vcpu)
-        raise KvmError(EAGAIN, "started")
+        _started(vcpu)
     msg = f"vCPU {vcpu.id} has nothing to go on with: {PHASES[phase]}"
     raise RuntimeError(msg)
+
+
+def _wait_for_start(vcpu: Vcpu) -> Halted:
+    """A processor that was never started waits for its first INIT or SIPI."""
+    if interrupts.awake(vcpu):
+        _started(vcpu)
+    vcpu.phase = WAIT_SIPI
+    return Halted()
+
+
+def _started(vcpu: Vcpu) -> NoReturn:
+    """An INIT or SIPI came for a vCPU that waits for its first; KVM_RUN is to be called again."""
+    interrupts.accept_signals(vcpu)
+    vcpu.phase = OUT
+    store_page(vcpu)
+    raise KvmError(EAGAIN, "started")
 
 
 def interrupt(vcpu: Vcpu, now_ns: int, guest_ns: int | None = None) -> None:
@@ -255,16 +268,22 @@ def interrupt(vcpu: Vcpu, now_ns: int, guest_ns: int | None = None) -> None:
 
 
 def wake(vcpu: Vcpu, now_ns: int) -> None:
-    """End a halt: the guest's timer fired or an interrupt arrived. Nothing, if not halted."""
+    """The time of a halt is over. Nothing, if not halted.
+
+    A guest that executes code goes on only if one of its timers brought an interrupt it takes; the
+    caller calls ``resume`` in any case.
+    """
     if vcpu.phase == ASLEEP:
         vcpu.phase = READY
     if vcpu.mp_state != KVM_MP_STATE_HALTED:
         return
+    if interrupts.executes_code(vcpu):
+        interrupts.advance(vcpu, now_ns)
+        kick(vcpu, now_ns)
+        return
     vcpu.mp_state = KVM_MP_STATE_RUNNABLE
     if vcpu.phase == HALTED:
-        vcpu.phase = READY
-        if vcpu.on_wake is not None:
-            vcpu.on_wake(vcpu, now_ns)
+        _go_on(vcpu, READY, now_ns)
 
 
 def kick(vcpu: Vcpu, now_ns: int) -> None:
@@ -273,10 +292,18 @@ def kick(vcpu: Vcpu, now_ns: int) -> None:
     Whoever queues an event for a vCPU calls this.
     """
     phase = vcpu.phase
-    if phase == HALTED:
-        wake(vcpu, now_ns)
-    elif phase == GUEST and vcpu.in_guest.work is not None:
-        vcpu.in_guest.work.kick()
+    if phase == GUEST:
+        if vcpu.in_guest.work is not None:
+            vcpu.in_guest.work.kick()
+    elif phase in {HALTED, WAIT_SIPI} and interrupts.awake(vcpu):
+        _go_on(vcpu, READY if phase == HALTED else SIPI, now_ns)
+
+
+def _go_on(vcpu: Vcpu, phase: int, now_ns: int) -> None:
+    """A wait inside KVM_RUN is over."""
+    vcpu.phase = phase
+    if vcpu.on_wake is not None:
+        vcpu.on_wake(vcpu, now_ns)
 
 
 def sipi(vcpu: Vcpu, now_ns: int) -> None:
@@ -285,29 +312,44 @@ def sipi(vcpu: Vcpu, now_ns: int) -> None:
         return
     vcpu.mp_state = KVM_MP_STATE_RUNNABLE
     if vcpu.phase in {WAIT_SIPI, HALTED}:
-        vcpu.phase = SIPI if vcpu.phase == WAIT_SIPI else READY
-        if vcpu.on_wake is not None:
-            vcpu.on_wake(vcpu, now_ns)
+        _go_on(vcpu, SIPI if vcpu.phase == WAIT_SIPI else READY, now_ns)
 
 
 def admitted(vcpu: Vcpu, now_ns: int) -> None:
     """The bus lock this vCPU waits for is admitted; the limiter calls this."""
     vcpu.owed = False
     vcpu.throttled_ns += now_ns - vcpu.since_ns
-    if vcpu.phase != QUEUED:  # interrupted at this very moment
-        return
-    vcpu.phase = READY
-    if vcpu.on_wake is not None:
-        vcpu.on_wake(vcpu, now_ns)
+    if vcpu.phase == QUEUED:  # not interrupted at this very moment
+        _go_on(vcpu, READY, now_ns)
 
 
 def enter(vcpu: Vcpu, now_ns: int) -> Blocked | None:
     """Get into the guest: past a halt, past the limiter, up to the next stop."""
+    in_kernel_apic = vcpu.vm.irqchip
+    reason = interrupts.entering(vcpu, now_ns) if in_kernel_apic else None
+    if reason is None:
+        if vcpu.mp_state or vcpu.owed or vcpu.asleep_until_ns is not None:
+            waits = _waits(vcpu, now_ns)
+            if waits is not None:
+                return waits
+        if vcpu.intercepted:
+            bus_lock.execute_intercepted(vcpu, now_ns)
+        if vcpu.debug is not None:
+            reason = debug.deliver(vcpu, vcpu.debug)
+            if vcpu.debug.queued and not in_kernel_apic:
+                interrupts.offer(vcpu, now_ns)
+    if reason is not None:
+        leave(vcpu, reason, 0)
+        return None
+    return _execute(vcpu, now_ns)
+
+
+def _waits(vcpu: Vcpu, now_ns: int) -> Blocked | None:
+    """What keeps a vCPU out of the guest; None: nothing any more."""
     if vcpu.mp_state:  # halted, or reset and waiting for its SIPI
         vcpu.phase = HALTED
         lbr.scheduled_out(vcpu)
-        wake_at_ns = vcpu.wake_at_ns
-        return Halted(None if wake_at_ns is None else max(0, wake_at_ns - now_ns))
+        return Halted(interrupts.wake_after_ns(vcpu, now_ns))
     if vcpu.owed:
         # Set first: asking may admit others, whose schedulers look at every vCPU.
         vcpu.phase = QUEUED
@@ -320,21 +362,22 @@ def enter(vcpu: Vcpu, now_ns: int) -> Blocked | None:
         vcpu.phase = ASLEEP
         lbr.scheduled_out(vcpu)
         return Halted(rest_ns)
-    if vcpu.intercepted:
-        bus_lock.execute_intercepted(vcpu, now_ns)
-    if vcpu.debug is not None:
-        reason = debug.deliver(vcpu, vcpu.debug)
-        if reason is not None:
-            leave(vcpu, reason, 0)
-            return None
-    stop = vcpu.stop
+    return None
+
+
+def _execute(vcpu: Vcpu, now_ns: int) -> InGuest:
+    """Let the guest execute up to its next stop, or its next timer."""
     vcpu.since_ns = now_ns
+    in_guest = vcpu.in_guest
+    if vcpu.vm.irqchip:
+        in_guest.deadline_ns = deadline_ns = interrupts.deadline_ns(vcpu)
+        vcpu.allowance_ns = None if deadline_ns is None else max(1, deadline_ns - now_ns)
+    stop = vcpu.stop
     if stop is None:
         stop = vcpu.stop = vcpu.engine.next_stop(vcpu)
         vcpu.remaining_ns = stop.after_ns
         vcpu.lock_done = False
     vcpu.phase = GUEST
-    in_guest = vcpu.in_guest
     in_guest.guest_ns = vcpu.remaining_ns
     in_guest.work = stop if type(stop) is Executing else None
     return in_guest
@@ -385,6 +428,7 @@ def _exit_reason(vcpu: Vcpu, stop: Stop, now_ns: int) -> int | None:
         case Hlt():
             reason = exits.hlt(vcpu, stop, now_ns)
         case InKernel() | BusLock():
+            interrupts.before_reset(vcpu, stop)
             exits.retire(vcpu, stop)
         case IrqWindow():
             reason = exits.irq_window(vcpu, stop)

@@ -109,6 +109,7 @@ class Vcpu(VcpuFile):
         debug: its debug registers; None: never used, all as after reset.
         state: parts that belong to one subsystem each; see ``state_of``.
         enforces_pv_cpuid: the guest has only the paravirtual features its CPUID shows.
+        allowance_ns: guest time until the next timer is due; None: there is none.
         signal_mask: signals blocked while it is in KVM_RUN, bit 0 for number 1; None: as outside.
         asleep_until_ns: the host makes its thread sleep for a split lock; None: it does not.
         on_signal: called with (vcpu, number) when KVM queues a signal for the thread that runs it.
@@ -123,7 +124,14 @@ class Vcpu(VcpuFile):
         *("pending", "pending_rip", "io_done", "exits", "bus_locks", "throttled_ns"),
         *("detects", "fault_like", "bus_lock_exit", "bus_lock_counter", "owed"),
         *("intercepted", "intercepted_rip", "compare_due", "debug", "state", "state_protected"),
-        *("enforces_pv_cpuid", "mirror", "signal_mask", "asleep_until_ns", "on_signal"),
+        *(
+            "allowance_ns",
+            "enforces_pv_cpuid",
+            "mirror",
+            "signal_mask",
+            "asleep_until_ns",
+            "on_signal",
+        ),
     )
 
     def __init__(self, vm: Vm, vcpu_id: int, page: KvmRun | None = None) -> None:
@@ -171,6 +179,7 @@ class Vcpu(VcpuFile):
         self.state_protected = False
         self.enforces_pv_cpuid = False
         self.signal_mask: int | None = None
+        self.allowance_ns: int | None = None
         self.mirror: Mirror | None = None
         self.asleep_until_ns: int | None = None
         self.on_signal: Callable[[Vcpu, int], None] | None = None

@@ -19,7 +19,7 @@ from kvmsim.abi.ioctls import (
 )
 from kvmsim.abi.structs import KVM_ENABLE_CAP as ENABLE_CAP_STRUCT
 from kvmsim.errors import KvmError
-from kvmsim.kvm import clock, guest_memfd, irqchip, protected, sev
+from kvmsim.kvm import clock, guest_memfd, irqchip_calls, protected, sev
 from kvmsim.kvm.dispatch import ENABLERS, VmFile, handles
 from kvmsim.kvm.memslots import SlotMemory
 from kvmsim.kvm.vcpu import Vcpu
@@ -209,8 +209,8 @@ class Vm(VmFile):
         return enabler(self, enable, client or self._creator)
 
     def create_irqchip(self) -> None:
-        """KVM_CREATE_IRQCHIP; ``kvmsim.kvm.irqchip`` has the rules."""
-        irqchip.create(self)
+        """KVM_CREATE_IRQCHIP; ``kvmsim.kvm.irqchip_calls`` has the rules."""
+        irqchip_calls.create(self)
 
     # -- vCPUs -----------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ def status(vm, number, up):
 
 
 def test_edge_is_noted_once_until_it_is_taken(vm):
-    pic = irqchip.of(vm).pics[0]
+    pic = irqchip.of(vm).pics.chips[0]
     answers = [status(vm, 5, up) for up in (1, 0, 1)]
     assert answers[0] == 1
     assert irq.KVM_PIC_STATE.get(pic, "irr") == 1 << 5
@@ -41,7 +41,7 @@ def test_edge_is_noted_once_until_it_is_taken(vm):
 
 
 def test_level_goes_with_its_line(vm):
-    pic = irqchip.of(vm).pics[1]
+    pic = irqchip.of(vm).pics.chips[1]
     irq.KVM_PIC_STATE.put(pic, "elcr", 1 << 2)
     status(vm, 10, 1)
     assert irq.KVM_PIC_STATE.get(pic, "irr") == 1 << 2
@@ -53,10 +53,23 @@ def test_line_nobody_listens_to(vm):
     assert status(vm, 200, 1) == 0xFFFFFFFF
 
 
+def switch_on(vcpu):
+    page = bytearray(1024)
+    vcpu.ioctl(ioctls.KVM_GET_LAPIC, page)
+    page[0xF1] = 1
+    vcpu.ioctl(ioctls.KVM_SET_LAPIC, page)
+
+
 def test_ioapic_pin_that_is_not_masked_takes_the_line(vm):
-    irq.KVM_IOAPIC_STATE.put(irqchip.of(vm).ioapic, "redirtbl", 0x31, 20)
+    vcpu = vm.create_vcpu(0)
+    ioapic = irqchip.of(vm).ioapic
+    ioapic.table[20] = 0x31
+    assert status(vm, 20, 1) == 0  # the local APIC is off
+    status(vm, 20, 0)
+    switch_on(vcpu)
     assert status(vm, 20, 1) == 1
-    assert irq.KVM_IOAPIC_STATE.get(irqchip.of(vm).ioapic, "irr") == 1 << 20
+    assert ioapic.irr == 1 << 20
+    assert lapic.of(vcpu).irr == 1 << 0x31
 
 
 def message(destination, vector, **values):
@@ -66,10 +79,7 @@ def message(destination, vector, **values):
 def test_message_is_requested_at_its_destination_and_ends_a_halt(vm):
     first, second = (vm.create_vcpu(vcpu_id) for vcpu_id in range(2))
     assert vm.ioctl(ioctls.KVM_SIGNAL_MSI, message(0, 0x45)) == 0  # not switched on yet
-    page = bytearray(1024)
-    first.ioctl(ioctls.KVM_GET_LAPIC, page)
-    page[0xF1] = 1
-    first.ioctl(ioctls.KVM_SET_LAPIC, page)
+    switch_on(first)
     first.engine = Scripted([Hlt()], 1)
     first.kvm_run(0)
     assert isinstance(first.resume(0), Halted)
@@ -103,7 +113,7 @@ def test_eventfd_is_wired_to_one_interrupt(vm):
     assert errno_of(lambda: irqfd(vm, fd, gsi=6)) == EBUSY
     assert irqfd(vm, fd, gsi=5, flags=1) == 0
     assert irqfd(vm, fd, gsi=6) == 0
-    assert list(routing.of(vm).irqfds) == [(fd, 6)]
+    assert [(wire.eventfd.identity, wire.gsi) for wire in routing.of(vm).irqfds] == [(fd, 6)]
 
 
 def test_what_is_no_eventfd_is_not_wired(vm):
