@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from selftests import source, worlds
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--real", action="store_true", help="on the machine's own /dev/kvm; compares with nothing"
     )
-    parser.add_argument("--preset", default="milan509-es99", help="machine (default: %(default)s)")
+    parser.add_argument("--preset", help="machine for all of them (default: as the list says)")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what every test prints here")
     return parser
 
@@ -59,16 +60,20 @@ def _run_all(options: argparse.Namespace, directory: Path, listed: dict[str, Ent
     programs = source.found(directory)
     report = Report(compare=not options.real)
     names = wanted(sorted(programs), listed, quick=options.quick, only=options.only)
-    with tempfile.TemporaryDirectory(prefix="selftests.") as scratch:
-        world = worlds.real() if options.real else worlds.emulated(Path(scratch), options.preset)
-        with world as prefix:
-            for name in names:
-                entry = listed.get(name, Entry(Expect.PASS, "not in the list"))
-                outcome = run([*prefix.command, str(programs[name])], entry.timeout_s, scratch)
-                report.add(name, entry, outcome, left=prefix.left_behind())
-                if options.logs is not None:
-                    options.logs.mkdir(parents=True, exist_ok=True)
-                    (options.logs / f"{name}.log").write_text(outcome.output)
+    with tempfile.TemporaryDirectory(prefix="selftests.") as scratch, ExitStack() as stack:
+        started: dict[str, worlds.World] = {}
+        for name in names:
+            entry = listed.get(name, Entry(Expect.PASS, "not in the list"))
+            preset = "" if options.real else options.preset or entry.preset
+            if preset not in started:
+                world = worlds.emulated(Path(scratch), preset) if preset else worlds.real()
+                started[preset] = stack.enter_context(world)
+            world = started[preset]
+            outcome = run([*world.command, str(programs[name])], entry.timeout_s, scratch)
+            report.add(name, entry, outcome, left=world.left_behind())
+            if options.logs is not None:
+                options.logs.mkdir(parents=True, exist_ok=True)
+                (options.logs / f"{name}.log").write_text(outcome.output)
     report.end()
     return 0 if report.as_expected else 1
 

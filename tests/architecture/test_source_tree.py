@@ -20,10 +20,13 @@ def test_no_source_file_is_too_long_to_read():
 def mirrored(directory):
     """The package whose tests a directory holds.
 
-    Those that also run against the machine's own kernel are in one named "real" beside the others.
+    Those that also run against the machine's own kernel are below one named "real" beside the
+    others.
     """
     package = CHECKOUT / directory.relative_to(CHECKOUT / "tests")
-    return package.parent if package.name == "real" else package
+    return next(
+        (parent.parent for parent in (package, *package.parents) if parent.name == "real"), package
+    )
 
 
 def test_directories_of_mirroring_tests_mirror_a_package():

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 DEFAULT_TIMEOUT_S = 30
+DEFAULT_PRESET = "milan509-es99"
 
 
 class Expect(StrEnum):
@@ -27,12 +28,14 @@ class Entry:
         why: The reason, where that is not a pass.
         quick: Whether CI runs it.
         timeout_s: Seconds after which it counts as failed.
+        preset: The machine it runs on, unless asked otherwise.
     """
 
     expect: Expect
     why: str = ""
     quick: bool = False
     timeout_s: int = DEFAULT_TIMEOUT_S
+    preset: str = DEFAULT_PRESET
 
 
 class ListError(ValueError):
@@ -55,7 +58,7 @@ def load(path: Path) -> dict[str, Entry]:
 def _entry(name: str, table: object) -> Entry:
     if not isinstance(table, dict):
         raise ListError(f"{name}: not a table")
-    types = {"expect": str, "why": str, "quick": bool, "timeout_s": int}
+    types = {"expect": str, "why": str, "quick": bool, "timeout_s": int, "preset": str}
     for key, value in table.items():
         if key not in types:
             raise ListError(f"{name}: unknown key {key!r}")

@@ -24,7 +24,7 @@ def test_list_of_the_repository_is_sound():
 
 def test_entry_takes_defaults_for_what_it_does_not_say(tmp_path):
     assert loaded(tmp_path, '[a]\nexpect = "pass"') == {
-        "a": Entry(Expect.PASS, why="", quick=False, timeout_s=30)
+        "a": Entry(Expect.PASS, why="", quick=False, timeout_s=30, preset="milan509-es99")
     }
 
 
