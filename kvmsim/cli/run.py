@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CGROUP = "sys/fs/cgroup"
 SCRIPT = "script:"
+CODE, HALT = "x86", "halt"
 
 
 @click.command(
@@ -30,7 +31,13 @@ SCRIPT = "script:"
 )
 @host_option
 @click.option("--cgroup", metavar="G", help="Start in this cgroup of the host, such as /tenant.")
-@click.option("--guest", metavar="script:FILE", help="What guests do, and which calls fail.")
+@click.option(
+    "--guest",
+    default=CODE,
+    metavar="WHAT",
+    help="What guests do: x86 (the code in their memory, the default), halt, or script:FILE, "
+    "which also says what calls fail.",
+)
 @click.option(
     "--trace",
     "trace_file",
@@ -52,7 +59,7 @@ SCRIPT = "script:"
 def run_command(
     host: Path | None,
     cgroup: str | None,
-    guest: str | None,
+    guest: str,
     trace_file: Path | None,
     passthrough: bool,
     answers: tuple[str, ...],
@@ -63,7 +70,7 @@ def run_command(
     The exit status is the program's; 128 and a signal's number if one ended it.
     """
     capabilities = dict(_answer(text) for text in answers)
-    if passthrough and (cgroup or guest):
+    if passthrough and (cgroup or guest != CODE):
         raise click.UsageError("--passthrough has no host: it goes without --cgroup and --guest")
     if capabilities and not passthrough:
         raise click.UsageError("--answer-cap goes with --passthrough")
@@ -81,13 +88,13 @@ def _emulate(
     command: tuple[str, ...],
     host: Path | None,
     cgroup: str | None,
-    guest: str | None,
+    guest: str,
     trace: IO[bytes] | None,
 ) -> int:
     from kvmsim.interpose import CommandNotRun  # noqa: PLC0415 - loads trio
     from kvmsim.supervise.client import ClientOptions, run_client  # noqa: PLC0415
 
-    script = _script(guest) if guest is not None else None
+    script = _script(guest) if guest not in {CODE, HALT} else None
     runtime, entry = find_host(host)
     tree = Path(entry.directory) / CGROUP
     options = ClientOptions(
@@ -96,6 +103,7 @@ def _emulate(
         procs=group_directory(tree, cgroup) / "cgroup.procs" if cgroup is not None else None,
         cgroup_dir=tree if cgroup is not None else None,
         script=script,
+        executes=guest == CODE,
         trace=trace,
     )
     try:
@@ -128,7 +136,7 @@ def _script(guest: str) -> Script:
     from kvmsim.supervise import script  # noqa: PLC0415 - loads the ABI tables
 
     if not guest.startswith(SCRIPT):
-        raise click.UsageError(f'--guest {guest}: not "{SCRIPT}" and a file')
+        raise click.UsageError(f'--guest {guest}: not {CODE}, {HALT} or "{SCRIPT}" and a file')
     path = Path(guest.removeprefix(SCRIPT))
     try:
         text = path.read_text()

@@ -93,12 +93,7 @@ class Tracee:
             OSError: it ended, or did not come from a system call.
         """
         before = self._registers()
-        try:
-            came_from = memory.read(self.number, before[_RIP] - len(_SYSCALL), len(_SYSCALL))
-        except KvmError as error:
-            raise PermissionError(EPERM, str(error)) from error
-        if came_from != _SYSCALL:
-            raise PermissionError(EPERM, "not stopped behind a system call")
+        self._came_from_call(before[_RIP])
         registers = list(before)
         registers[_RAX] = number
         registers[_RIP] = before[_RIP] - len(_SYSCALL)
@@ -120,6 +115,38 @@ class Tracee:
                 self._set_registers(before)
         result = after[_RAX]
         return result - (1 << 64) if result >> 63 else result
+
+    def repeat(self, number: int) -> None:
+        """Let a thread that has just returned from a system call make it once more.
+
+        Its arguments are still in their registers. A signal that was caught on the way comes
+        first, before the call: who has one to handle is not to be asked.
+
+        Args:
+            number: of the call.
+
+        Raises:
+            OSError: it ended, or did not come from a system call.
+        """
+        registers = list(self._registers())
+        self._came_from_call(registers[_RIP])
+        registers[_RAX] = number
+        registers[_RIP] -= len(_SYSCALL)
+        self._set_registers(registers)
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether a signal was caught on its way to the thread."""
+        return self._signal != 0
+
+    def _came_from_call(self, pointer: int) -> None:
+        """Refuse a thread that is not just behind a system call (EPERM)."""
+        try:
+            came_from = memory.read(self.number, pointer - len(_SYSCALL), len(_SYSCALL))
+        except KvmError as error:
+            raise PermissionError(EPERM, str(error)) from error
+        if came_from != _SYSCALL:
+            raise PermissionError(EPERM, "not stopped behind a system call")
 
     def _registers(self) -> tuple[int, ...]:
         buffer = ctypes.create_string_buffer(_REGS.size)

@@ -1,9 +1,10 @@
 """Replacing a client's private memory by pages this process shares.
 
-While a thread of the client waits for the answer to a call, all its other threads are stopped, what
-is in the memory is copied into a memfd, the call is answered, and before the thread gets back to
-its program it is made to map the memfd over the old pages. No write is lost: nobody runs meanwhile.
-Threads that wait for answers of their own stay as they are, they cannot run either.
+While a thread of the client waits for the answer to KVM_RUN, all its other threads are stopped,
+what is in the memory is copied into a memfd, the call is answered, and before the thread gets back
+to its program it is made to map the memfd over the old pages and to make its call again. No write
+is lost: nobody runs meanwhile. Threads that wait for answers of their own stay as they are, they
+cannot run either.
 
 Takes the right to trace the client, and that nobody traces it already; else nothing is changed.
 A child of the client shares these pages afterwards instead of getting a copy at its first write,
@@ -15,17 +16,21 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from dataclasses import dataclass
 from errno import EBUSY
 from typing import TYPE_CHECKING, Final
 
 from kvmsim.errors import KvmError
 from kvmsim.interpose import memory
+from kvmsim.interpose.filter import NR_IOCTL
 from kvmsim.interpose.ptrace import Tracee
+from kvmsim.interpose.signals import pending
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-    from kvmsim.interpose.maps import Mapping
+NAME: Final = "kvm-guest-memory"
+"""What /proc/PID/maps shows of replaced pages, behind ``/memfd:``."""
 
 _NR_MMAP: Final = 9
 _NR_CLOSE: Final = 3
@@ -34,6 +39,45 @@ _ROUNDS: Final = 10
 _PAGE_BYTES: Final = 4096
 _PRESENT_OR_SWAPPED: Final = 0b11 << 62
 _PAGES_AT_ONCE: Final = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Private pages of a client, within one mapping.
+
+    Attributes:
+        address: of the first.
+        size_bytes: of all.
+        readable: how they are mapped.
+        writable: likewise.
+        anonymous: no file is behind them: pages not there yet are zero.
+    """
+
+    address: int
+    size_bytes: int
+    readable: bool
+    writable: bool
+    anonymous: bool
+
+    @property
+    def end(self) -> int:
+        """First address behind it."""
+        return self.address + self.size_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """The pages that take the place of the client's.
+
+    Attributes:
+        pages: all of them, range after range.
+        inode: of the memfd, as the client's mappings show it.
+        done: where in them each range is that was replaced; the rest stayed as it was.
+    """
+
+    pages: mmap.mmap
+    inode: int
+    done: Mapping[Range, int]
 
 
 class Remap:
@@ -47,7 +91,7 @@ class Remap:
         answer: answers the call.
 
     Attributes:
-        answered: the call is answered, whether or not the pages were replaced.
+        answered: the call is answered, whether or not pages were replaced.
     """
 
     def __init__(
@@ -65,43 +109,54 @@ class Remap:
         self._install = install
         self._answer = answer
 
-    def __call__(self, address: int, size_bytes: int, mapping: Mapping) -> mmap.mmap | None:
-        """Replace a range; None if that cannot be done."""
+    def __call__(self, ranges: Sequence[Range]) -> Replaced | None:
+        """Replace ranges; None if that cannot be done."""
         if self._stuck_threads():
             return None
-        memfd = os.memfd_create("kvm-guest-memory", os.MFD_CLOEXEC)
+        memfd = os.memfd_create(NAME, os.MFD_CLOEXEC)
         others: dict[int, Tracee] = {}
         try:
-            os.ftruncate(memfd, size_bytes)
-            pages = mmap.mmap(memfd, size_bytes)
+            os.ftruncate(memfd, sum(part.size_bytes for part in ranges))
+            pages = mmap.mmap(memfd, 0)
             others[self._thread] = caller = Tracee(self._thread)
-            installed = self._prepare(others, address, pages, memfd)
+            installed = self._prepare(others, ranges, pages, memfd)
             # It stops on its way back from the call, so that takes the answer in any case.
             caller.interrupt()
             self._answer()
             self.answered = True
             caller.wait()
-            done = installed >= 0 and _map(caller, address, size_bytes, mapping, installed)
+            done = _map(caller, ranges, installed) if installed >= 0 else {}
+            if not caller.has_signal and not pending(_text(self._thread, "status")):
+                caller.repeat(NR_IOCTL)
         except OSError:
             return None
         else:
-            return pages if done else None
+            return Replaced(pages, os.fstat(memfd).st_ino, done)
         finally:
             os.close(memfd)
             for thread in others.values():
                 thread.detach()
 
     def _prepare(
-        self, others: dict[int, Tracee], address: int, pages: mmap.mmap, memfd: int
+        self, others: dict[int, Tracee], ranges: Sequence[Range], pages: mmap.mmap, memfd: int
     ) -> int:
         """Stop everybody else and copy; the memfd's number in the client, -1 if that failed."""
         try:
             self._stop_others(others)
-            for offset, size_bytes in _filled(self._pid, address, len(pages)):
-                memory.read_into(self._thread, address + offset, pages, offset, size_bytes)
+            base = 0
+            for part in ranges:
+                for offset, size_bytes in self._filled(part):
+                    address = part.address + offset
+                    memory.read_into(self._thread, address, pages, base + offset, size_bytes)
+                base += part.size_bytes
             return self._install(memfd)
         except (OSError, KvmError):
             return -1
+
+    def _filled(self, part: Range) -> Iterator[tuple[int, int]]:
+        if part.anonymous:
+            return _filled(self._pid, part.address, part.size_bytes)
+        return iter([(0, part.size_bytes)])
 
     def _stop_others(self, others: dict[int, Tracee]) -> None:
         """Stop every thread that could run; OSError when new ones keep coming."""
@@ -137,12 +192,22 @@ class Remap:
         return [int(name) for name in names]
 
 
-def _map(caller: Tracee, address: int, size_bytes: int, mapping: Mapping, installed: int) -> bool:
-    protection = mmap.PROT_READ * mapping.readable | mmap.PROT_WRITE * mapping.writable
-    flags = mmap.MAP_SHARED | _MAP_FIXED
-    mapped = caller.call(_NR_MMAP, address, size_bytes, protection, flags, installed, 0)
+def _map(caller: Tracee, ranges: Sequence[Range], installed: int) -> dict[Range, int]:
+    """Map the new pages over the old ones; what was done of it."""
+    done: dict[Range, int] = {}
+    offset = 0
+    for part in ranges:
+        protection = mmap.PROT_READ * part.readable | mmap.PROT_WRITE * part.writable
+        flags = mmap.MAP_SHARED | _MAP_FIXED
+        address = part.address
+        mapped = caller.call(
+            _NR_MMAP, address, part.size_bytes, protection, flags, installed, offset
+        )
+        if mapped == address:
+            done[part] = offset
+        offset += part.size_bytes
     caller.call(_NR_CLOSE, installed)
-    return mapped == address
+    return done
 
 
 def _filled(pid: int, address: int, size_bytes: int) -> Iterator[tuple[int, int]]:
@@ -168,8 +233,13 @@ def _filled(pid: int, address: int, size_bytes: int) -> Iterator[tuple[int, int]
 def _state(thread: int) -> bytes:
     """The state letter of a thread; empty when it is gone."""
     try:
-        fd = os.open(f"/proc/{thread}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        return _text(thread, "stat").rpartition(b")")[2].split(None, 1)[0]
     except OSError:
         return b""
+
+
+def _text(thread: int, name: str) -> bytes:
+    """A file of a thread's /proc directory."""
+    fd = os.open(f"/proc/{thread}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     with os.fdopen(fd, "rb") as file:
-        return file.read().rpartition(b")")[2].split(None, 1)[0]
+        return file.read()

@@ -43,6 +43,7 @@ class Emulated:
         system: its KVM, the file behind ``/dev/kvm``.
         devices: further nodes below /dev and the files behind them, as ``{"sev": ...}``.
         engine: makes the guest of a new vCPU; None: guests halt for ever.
+        executes: guests execute the x86 code in their memory; ``engine`` is not used then.
         limiter: admits bus locks, if that happens in this process.
         tap: sees every call.
         beside: a task to run as long as the client does.
@@ -51,6 +52,7 @@ class Emulated:
     system: System
     devices: Mapping[str, KvmFile] | None = None
     engine: Callable[[Vcpu], GuestEngine] | None = None
+    executes: bool = False
     limiter: Limiter | None = None
     tap: Tap | None = None
     beside: Callable[[Supervisor], Awaitable[None]] | None = None
@@ -132,6 +134,7 @@ async def supervise(
             {identity: files[name] for identity, name in launched.devices.items()},
             loop,
             engine=emulated.engine,
+            executes=emulated.executes,
             tap=emulated.tap,
             other_calls=other_calls,
         )

@@ -10,25 +10,32 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import suppress
-from errno import EIO, ENOENT
+from errno import EINTR, EIO, ENOENT
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import trio
 
-from kvmsim.abi.ioctls import KVM_CREATE_VM, KVM_RUN
+from kvmsim.abi.exits import Exit
+from kvmsim.abi.ioctls import (
+    KVM_CREATE_VM,
+    KVM_RUN,
+    KVM_SET_USER_MEMORY_REGION,
+    KVM_SET_USER_MEMORY_REGION2,
+)
 from kvmsim.abi.run import MMAP_SIZE_BYTES
 from kvmsim.errors import KvmError
-from kvmsim.interpose.client_memory import share
 from kvmsim.interpose.clients import FRESH_NS, Clients
+from kvmsim.interpose.code_guests import CodeVms
 from kvmsim.interpose.descriptors import Descriptors
+from kvmsim.interpose.executor import Stuck
 from kvmsim.interpose.filter import NR_IOCTL
 from kvmsim.interpose.notify import answer_calls
 from kvmsim.interpose.remap import Remap
-from kvmsim.interpose.runs import LAST_LOOK_NS, LOOKS_APART_NS, Run
+from kvmsim.interpose.runs import LAST_LOOK_NS, LOOKS_APART_NS, Run, fail
 from kvmsim.interpose.signals import pending
 from kvmsim.kvm.devsev import SevFile
 from kvmsim.kvm.dispatch import KvmFile
-from kvmsim.kvm.page import KvmRun
+from kvmsim.kvm.page import U32_EXIT_REASON, KvmRun
 from kvmsim.kvm.run import OUT, InGuest
 from kvmsim.kvm.system import System
 from kvmsim.kvm.vcpu import Vcpu
@@ -38,7 +45,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from kvmsim.engine.base import GuestEngine
-    from kvmsim.interpose.client_memory import ClientMemory
     from kvmsim.interpose.clients import Process, Thread
     from kvmsim.interpose.descriptors import Descriptor
     from kvmsim.interpose.namespace import Identity
@@ -50,6 +56,9 @@ log = logging.getLogger(__name__)
 _DOUBT_S = 0.001
 _DOUBTS = 5
 _LOW32 = 0xFFFF_FFFF
+
+#: Calls to a VM after which its guest has other memory; no code of it executes meanwhile.
+_CHANGE_MEMORY = frozenset({KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2})
 
 
 @runtime_checkable
@@ -99,6 +108,7 @@ class Supervisor:
         devices: what is behind each device node.
         loop: time of the emulated host; its timeline is driven by whoever made it.
         engine: makes the guest of a new vCPU; None: guests halt for ever.
+        executes: guests are what is in their memory: x86 code; ``engine`` is not used then.
         tap: sees every call.
         other_calls: answers those that are no ioctls.
 
@@ -117,6 +127,7 @@ class Supervisor:
         loop: RunLoop,
         *,
         engine: Callable[[Vcpu], GuestEngine] | None = None,
+        executes: bool = False,
         tap: Tap | None = None,
         other_calls: OtherCalls | None = None,
     ) -> None:
@@ -127,6 +138,7 @@ class Supervisor:
         self.nr_calls = 0
         self._devices = dict(devices)
         self._engine = engine
+        self._code = CodeVms(loop) if executes else None
         self._tap = tap
         self._other_calls = other_calls
         self._limited = loop.timeline.has_limiter
@@ -156,9 +168,10 @@ class Supervisor:
         self.listener.close()
         now_ns = self.loop.catch_up()
         for run in list(self._parked):
-            run.abandon(now_ns)
-            self._parked.pop(run)
+            self._abandon(run, now_ns)
         self.descriptors.close(self._released)
+        if self._code is not None:
+            self._code.close()
         self.clients.close()
 
     async def _watch_closes(self) -> None:
@@ -298,11 +311,11 @@ class Supervisor:
             if request == KVM_RUN and type(file) is Vcpu and not arg:
                 # Not by way of the table: no other call is made as often.
                 file.check(caller)
-                waiting = self._run(file, notification, thread, now_ns)
-                if waiting:
+                if self._run(file, notification, thread, now_ns):
                     return
                 result = 0
             else:
+                self._pause(file, request)
                 outcome = file.ioctl(request, arg, caller, now_ns)
                 if type(outcome) is int:
                     result = outcome
@@ -321,6 +334,11 @@ class Supervisor:
         if not answered and self._number:
             self.listener.answer(number, max(result, 0), max(-result, 0))
 
+    def _pause(self, file: KvmFile, request: int) -> None:
+        """Let no code of a VM execute until a call that changes its memory is answered."""
+        if self._code is not None and request in _CHANGE_MEMORY and isinstance(file, Vm):
+            self._code.pause(file)
+
     def _caller(
         self, thread: Thread, file: KvmFile, request: int, pointer: int
     ) -> tuple[Process, int]:
@@ -337,32 +355,36 @@ class Supervisor:
             return thread.process, now_ns
         return self.clients.caller(thread, pointer, now_ns), now_ns
 
-    def memory_of_caller(self, address: int, size_bytes: int) -> ClientMemory:
-        """Get hold of memory of whoever makes the present call, for as long as it is wanted.
+    def _may_enter(self, vcpu: Vcpu, notification: Notification, thread: Thread) -> bool:
+        """Get ready to execute guest code; whether the call waits on, or is made once more.
 
-        Private pages are replaced by shared ones where the client may be traced. That answers the
-        call, with 0, so it is to be the last thing done for a call that succeeds.
-
-        Args:
-            address: of the range; page aligned.
-            size_bytes: of the range; whole pages.
+        Raises:
+            KvmError: the guest cannot be entered.
         """
-        number, thread = self._number, self._calling
-        assert thread is not None
-        waiting = {run.thread.number for run in self._parked if run.thread is not None}
-        waiting |= {late[1] for run in self._parked for late in run.waiting}
-        waiting |= {late[1] for late in self._late}
-        remap = Remap(
-            thread.process.pid,
-            thread.number,
-            waiting,
-            lambda fd: self.listener.install(number, fd),
-            lambda: self.listener.answer(number, 0),
-        )
-        memory = share(thread.process.pid, address, size_bytes, remap)
-        if remap.answered:
-            self._number = 0
-        return memory
+        assert self._code is not None
+        number, tid = notification[:2]
+
+        def again() -> None:
+            # Unless it is made to try again, it hears of a signal, as there may be one.
+            vcpu.run.u32[U32_EXIT_REASON] = Exit.INTR
+            self.listener.answer(number, 0, EINTR)
+
+        def remap() -> Remap:
+            waiting = {run.thread.number for run in self._parked if run.thread is not None}
+            waiting |= {late[1] for run in self._parked for late in run.waiting}
+            waiting |= {late[1] for late in self._late}
+            pid = thread.process.pid
+            return Remap(
+                pid, tid, waiting - {tid}, lambda fd: self.listener.install(number, fd), again
+            )
+
+        try:
+            return self._code.may_enter(vcpu, thread, remap)
+        except Stuck as error:
+            fail(vcpu)
+            raise KvmError(EIO, "another vCPU does not stop") from error
+        except OSError as error:
+            raise KvmError(EIO, "the client's memory cannot be found") from error
 
     def interrupt_all(self) -> None:
         """Let every KVM_RUN that waits return EINTR, as a signal to its thread would."""
@@ -406,6 +428,8 @@ class Supervisor:
             self._furnish(file, descriptor)
         elif isinstance(file, Vm):
             file.on_bus_lock = self.loop.timeline.bus_lock
+            if self._code is not None:
+                file.on_end = self._code.ended
         elif isinstance(file, Readable):
             self._readable[file] = descriptor
             self._write_contents()
@@ -414,9 +438,12 @@ class Supervisor:
         """Give a vCPU the page its clients map, and a guest."""
         assert descriptor.memory is not None
         vcpu.run = KvmRun(memoryview(descriptor.memory))
-        if self._engine is not None:
+        run = self._runs[vcpu] = Run(vcpu, self.loop.timeline, self._run_ended, self._enters_again)
+        if self._code is not None:
+            vcpu.engine = self._code.engine(vcpu)
+            run.executor = self._code.of(vcpu.vm).executor
+        elif self._engine is not None:
             vcpu.engine = self._engine(vcpu)
-        self._runs[vcpu] = Run(vcpu, self.loop.timeline, self._run_ended)
 
     def _write_contents(self) -> None:
         """Bring what clients can read without a call up to date."""
@@ -461,17 +488,19 @@ class Supervisor:
         Raises:
             KvmError: it fails.
         """
-        left = vcpu.kvm_run(now_ns)
-        if type(left) is InGuest and not left.guest_ns:
-            left = vcpu.resume(now_ns)
+        if self._code is not None and not self._may_enter(vcpu, notification, thread):
+            return True
+        run = self._runs[vcpu]
+        try:
+            left = vcpu.kvm_run(now_ns)
+            if left is not None:
+                left = run.pass_through(left, now_ns)
+        finally:
+            if self._code is not None:
+                self._code.take_back(vcpu.vm)
         if left is None:
             if self._readable:
                 self._write_contents()
-            return False
-        run = self._runs[vcpu]
-        left = run.pass_through(left, now_ns)
-        if left is None:
-            self._write_contents()
             return False
         if type(left) is InGuest:
             now_ns = self.loop.catch_up()  # the guest's time counts from the timeline's present
@@ -480,6 +509,21 @@ class Supervisor:
         self._parked_one.set()
         return True
 
+    def _enters_again(self, run: Run) -> bool:
+        """Whether a vCPU whose code was executed enters the guest again, or is called once more."""
+        notification, thread = run.notification, run.thread
+        assert notification is not None
+        assert thread is not None
+        try:
+            if self._may_enter(run.vcpu, notification, thread):
+                return True
+        except KvmError as error:
+            run.give_up(error, self.loop.timeline.now_ns)
+            return False
+        run.abandon(self.loop.timeline.now_ns)
+        self._leave(run)
+        return False
+
     def _run_ended(self, run: Run, error: KvmError | None) -> None:
         """KVM_RUN returns to a client that waited for it. May be called by the timeline."""
         notification, thread = run.notification, run.thread
@@ -487,6 +531,8 @@ class Supervisor:
         assert thread is not None
         errno = 0 if error is None else error.errno
         self._write_contents()
+        if self._code is not None:
+            self._code.take_back(run.vcpu.vm)
         if self._tap is not None:
             caller = thread.process
             self._tap.returned(
@@ -500,7 +546,11 @@ class Supervisor:
 
     def _abandon(self, run: Run, now_ns: int) -> None:
         """The client that waited is gone."""
-        run.abandon(now_ns)
+        try:
+            run.abandon(now_ns)
+        except Stuck:
+            log.error("vCPU %d does not stop", run.vcpu.id)
+            fail(run.vcpu)
         self._leave(run)
 
     def _leave(self, run: Run) -> None:

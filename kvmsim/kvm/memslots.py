@@ -59,6 +59,8 @@ class Slot:
         guest_memfd: what holds its private pages, None without.
         guest_memfd_offset: where in that.
         dirty: one bit per page written since the last look; None: not logged.
+        pages: its pages where this process reaches them, as (offset, writable view), by offset and
+            on page boundaries; what is between them is not there. None: nobody has looked for them.
     """
 
     number: int
@@ -69,6 +71,7 @@ class Slot:
     guest_memfd: guest_memfd.GuestMemfd | None = None
     guest_memfd_offset: int = 0
     dirty: bytearray | None = None
+    pages: tuple[tuple[int, memoryview], ...] | None = None
 
     @property
     def nr_pages(self) -> int:

@@ -51,7 +51,8 @@ class ClientOptions:
         socket: of the host.
         procs: the ``cgroup.procs`` file of the cgroup to start in; None: where the caller is.
         cgroup_dir: cgroup tree to show on /sys/fs/cgroup; None: the machine's own.
-        script: what its guests do; None: they halt for ever.
+        script: what its guests do; None: they halt for ever, unless they execute code.
+        executes: its guests execute the x86 code in their memory; goes without a script.
         trace: where to write its calls; None: nowhere.
     """
 
@@ -60,6 +61,7 @@ class ClientOptions:
     procs: Path | None = None
     cgroup_dir: Path | None = None
     script: Script | None = None
+    executes: bool = False
     trace: IO[bytes] | None = None
 
 
@@ -128,6 +130,7 @@ class HostedClient:
             system=self.system,
             devices={"sev": SevFile(self.system)} if sev else {},
             engine=options.script.engine if options.script else None,
+            executes=options.executes,
             tap=self._tap(),
             beside=self._beside,
         )

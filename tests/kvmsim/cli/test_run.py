@@ -91,7 +91,7 @@ REFUSALS = (
     (("--", "/etc/passwd"), 126, "/etc/passwd: Permission denied"),
     (("--cgroup", "/nowhere", "--", "true"), 69, "no cgroup /nowhere below"),
     (("--guest", "script:none", "--", "true"), 69, "cannot read none: No such file"),
-    (("--guest", "idle", "--", "true"), 64, '--guest idle: not "script:" and a file'),
+    (("--guest", "idle", "--", "true"), 64, '--guest idle: not x86, halt or "script:" and a file'),
     (("--trace", "no/dir", "--", "true"), 69, "cannot write no/dir: No such file"),
     (("--passthrough", "--cgroup", "/", "--", "true"), 64, "--passthrough has no host"),
     (("--answer-cap", "1=2", "--", "true"), 64, "--answer-cap goes with --passthrough"),

@@ -1,0 +1,248 @@
+"""Guest code off the event loop: one thread for each VM that needs one.
+
+A vCPU that does not stop soon is handed over as a :class:`Turn`. Turns of one VM are taken one
+after the other, in the order they came, each in two halves::
+
+    thread      work()                        work() of the next
+    event loop          resume the vCPU, ...                     resume ...
+
+What touches KVM's model happens on the event loop only, and never while ``work`` of the same VM is
+under way. Where several vCPUs want in, each executes for ``TURN_NS`` before it is kicked: a guest
+that waits in a loop for another vCPU of its own gets somewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from kvmsim.vmm.timeline import Scheduled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmsim.engine.base import Executing
+    from kvmsim.vmm.timeline import Timeline
+
+log = logging.getLogger(__name__)
+
+TURN_NS: Final = 1_000_000
+"""How long a vCPU executes while another one of the VM waits."""
+
+PATIENCE_S: Final = 2.0
+"""How long to wait for a guest that was kicked: it looks at every block of its code."""
+
+
+class Executes(Protocol):
+    """A KVM_RUN whose guest code is executed here."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether something waits for it to enter the guest anew, rather than to go on."""
+
+    def executed(self, error: BaseException | None) -> None:
+        """Its turn is over; it may hand over the next one."""
+
+
+class Stuck(Exception):
+    """Guest code does not stop when it is kicked."""
+
+
+class Turn:
+    """One vCPU's turn to execute.
+
+    Attributes:
+        who: whose it is; None when nobody wants to know any more.
+        stop: what to execute.
+        error: what ``work`` failed with.
+    """
+
+    __slots__ = ("error", "stop", "who")
+
+    def __init__(self, who: Executes, stop: Executing) -> None:
+        self.who: Executes | None = who
+        self.stop = stop
+        self.error: BaseException | None = None
+
+
+class Executor(Scheduled):
+    """Executes the guest code of one VM.
+
+    Args:
+        timeline: time of the host.
+        before: called on the event loop before each turn.
+        after: the same behind it.
+
+    Attributes:
+        nr_turns: turns taken so far.
+        nr_kicks: turns that were kicked for others.
+    """
+
+    __slots__ = (
+        *("nr_turns", "nr_kicks", "_timeline", "_before", "_after", "_turns", "_current"),
+        *("_idle", "_jobs", "_thread", "_token", "_handling"),
+    )
+
+    def __init__(
+        self, timeline: Timeline, before: Callable[[], None], after: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self.nr_turns = 0
+        self.nr_kicks = 0
+        self._timeline = timeline
+        self._before = before
+        self._after = after
+        self._turns: deque[Turn] = deque()
+        self._current: Turn | None = None
+        self._handling = False
+        self._idle = threading.Event()
+        self._idle.set()
+        self._jobs: SimpleQueue[Turn | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._token = trio.lowlevel.current_trio_token()
+
+    @property
+    def is_executing(self) -> bool:
+        """Whether guest code may be executing at this moment."""
+        return not self._idle.is_set()
+
+    def hand_over(self, who: Executes, stop: Executing) -> None:
+        """Let a vCPU execute when its turn comes; ``who.executed`` follows."""
+        self._turns.append(Turn(who, stop))
+        if self._current is None and not self._handling:
+            self._next()
+        elif not self.ticket:
+            self._timeline.sleep_until(self, self._timeline.now_ns + TURN_NS)
+
+    def kick(self, who: Executes) -> bool:
+        """Let somebody's turn end soon, if it has begun; whether it has."""
+        if self._current is None or self._current.who is not who:
+            return False
+        self._current.stop.kick()
+        return True
+
+    def withdraw(self, who: Executes) -> bool:
+        """Take somebody's turn away, unless it has begun.
+
+        Returns:
+            Whether guest code of it is still executing or to be followed up: it was kicked, and
+            ``executed`` comes.
+        """
+        if self._current is not None and self._current.who is who:
+            self._current.stop.kick()
+            return True
+        self._turns = deque(turn for turn in self._turns if turn.who is not who)
+        return False
+
+    def forget(self, who: Executes) -> None:
+        """End somebody's turn without telling; guest code of it has stopped then.
+
+        Raises:
+            Stuck: it does not stop.
+        """
+        if self.withdraw(who):
+            assert self._current is not None
+            self._wait()
+            self._current.who = None
+
+    def pause(self) -> None:
+        """Let no guest code execute until the caller goes back to the event loop.
+
+        Raises:
+            Stuck: it does not stop.
+        """
+        if self._current is not None:
+            self._current.stop.kick()
+            self._wait()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._turns.clear()
+        self._timeline.drop(self)
+        if self._current is not None:
+            self._current.who = None
+            self._current.stop.kick()
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join(PATIENCE_S)
+            self._thread = None
+
+    def step(self, now_ns: int) -> None:
+        """The present turn has been long enough, if somebody else waits."""
+        if not self._turns:
+            return
+        if self._current is not None:
+            self.nr_kicks += 1
+            self._current.stop.kick()
+        self._timeline.sleep_until(self, now_ns + TURN_NS)
+
+    def _wait(self) -> None:
+        if not self._idle.wait(PATIENCE_S):
+            raise Stuck
+
+    def _next(self) -> None:
+        """Begin the next turn."""
+        if not self._turns:
+            self._timeline.drop(self)
+            return
+        turn = self._turns.popleft()
+        if turn.who is not None and turn.who.is_due:
+            again = self._again(turn.who)
+            if again is None:
+                self._next()
+                return
+            turn = again
+        self._current = turn
+        self.nr_turns += 1
+        self._before()
+        self._idle.clear()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="vcpus", daemon=True)
+            self._thread.start()
+        self._jobs.put(turn)
+
+    def _again(self, who: Executes) -> Turn | None:
+        """Let somebody enter anew instead of taking its turn; the turn it then wants, if any."""
+        self._heard(who, None)
+        for turn in self._turns:
+            if turn.who is who:
+                self._turns.remove(turn)
+                return turn
+        return None
+
+    def _heard(self, who: Executes, error: BaseException | None) -> None:
+        """Tell somebody that its turn is over; what it hands over now waits."""
+        self._handling = True
+        try:
+            who.executed(error)
+        finally:
+            self._handling = False
+
+    def _serve(self) -> None:
+        """The thread: execute what comes."""
+        while (turn := self._jobs.get()) is not None:
+            try:
+                turn.stop.work()
+            except BaseException as error:  # its vCPU is told
+                turn.error = error
+            self._idle.set()
+            try:
+                self._token.run_sync_soon(self._over, turn)
+            except trio.RunFinishedError:
+                return
+
+    def _over(self, turn: Turn) -> None:
+        """On the event loop: a turn has ended. The next begins when its vCPU was heard."""
+        if self._current is not turn:  # closed meanwhile
+            return
+        self._current = None
+        self._after()
+        if turn.who is not None:
+            self._heard(turn.who, turn.error)
+        if self._current is None:
+            self._next()
