@@ -175,10 +175,19 @@ def places(cpu: Cpu) -> tuple[Place, ...]:
     return tuple(found)
 
 
-def deliver(cpu: Cpu) -> Stop | None:
-    """The trap that waits arrives."""
+def take(cpu: Cpu) -> int:
+    """Payload of the traps that wait, which do no more; 0: there are none."""
     payload, cpu.traps = cpu.traps, 0
-    return raise_db(cpu, payload)
+    if cpu.stepped and cpu.steps:
+        payload |= DR6_BS
+    cpu.stepped = False
+    return payload
+
+
+def deliver(cpu: Cpu) -> Stop | None:
+    """The traps that wait arrive."""
+    payload = take(cpu)
+    return raise_db(cpu, payload) if payload else None
 
 
 def raise_db(cpu: Cpu, payload: int, *, fault: bool = False) -> Stop | None:

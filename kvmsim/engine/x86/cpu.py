@@ -46,6 +46,7 @@ class Cpu:
             holds for the next execution of that instruction (fault-like stops).
         debugger: what a debugger in user space wants; None: there is none.
         traps: payload of the #DB that is due before the next instruction; 0: none.
+        stepped: an instruction was executed for a debugger that single-steps and has not heard yet.
         nmi_masked: an NMI was delivered, and no IRET executed since.
         interrupt: vector of an external interrupt that comes as soon as the guest takes it.
         wants_window: stop when the guest can take an interrupt.
@@ -75,6 +76,7 @@ class Cpu:
         self.admitted = -1
         self.debugger: Debugger | None = None
         self.traps = 0
+        self.stepped = False
         self.nmi_masked = False
         self._owed_traps = 0
         self.interrupt: int | None = None
@@ -188,6 +190,7 @@ class Cpu:
             if self._completion is None:
                 self.traps |= self._owed_traps
                 self._owed_traps = 0
+                self.stepped = self.steps
 
     def abandon(self) -> None:
         """User space went elsewhere: the instruction of the last stop is not completed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.base import BusLock, Debug, InternalError, Io, SplitLockAc
+from kvmsim.engine.base import BusLock, Debug, Hlt, InternalError, Io, SplitLockAc
 from kvmsim.engine.x86 import breakpoints, delivery, instructions, mmio, stepping
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import AC, BP, DB, UD, Event, Fault
@@ -103,6 +103,8 @@ def _execute_site(vm: X86Vm, cpu: Cpu, site: Site) -> Stop | None:
     if isinstance(stop, Io) and breakpoints.armed(cpu):
         hits = breakpoints.port_payload(cpu, stop.port, stop.size)
     completed(cpu, hits, stepped=stepped)
+    # Linux 6.12 x86.c kvm_emulate_halt: HLT goes before the exit to a debugger that steps.
+    cpu.stepped = cpu.stepped and not isinstance(stop, Hlt)
     return stop
 
 
@@ -114,11 +116,12 @@ def completed(cpu: Cpu, hits: int, *, stepped: bool) -> None:
         hits: bits of the breakpoints it met.
         stepped: TF was set when it began.
     """
-    payload = hits | (breakpoints.DR6_BS if stepped or cpu.steps else 0)
+    payload = hits | (breakpoints.DR6_BS if stepped else 0)
     if cpu.pending:
         cpu.owe_trap(payload)
     else:
         cpu.traps |= payload
+        cpu.stepped = cpu.steps
 
 
 def raise_fault(cpu: Cpu, fault: Fault) -> Stop | None:

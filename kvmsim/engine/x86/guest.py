@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from kvmsim.engine.base import Executing
+from kvmsim.engine.x86 import breakpoints
 
 if TYPE_CHECKING:
     from kvmsim.engine.base import GuestVcpu, Stop
@@ -77,8 +78,7 @@ class X86Guest:
 
     def take_traps(self) -> int:
         """Payload of the #DB that is due, which KVM merges with one of its own; then none is."""
-        traps, self.cpu.traps = self.cpu.traps, 0
-        return traps
+        return breakpoints.take(self.cpu)
 
     def settle(self, vcpu: GuestVcpu) -> None:
         """Finish the instruction of the last stop with what user space answered.

@@ -20,7 +20,7 @@ LOADS_FLAGS = frozenset({0x9D, 0xCF})
 
 
 def trap(cpu: Cpu) -> None:
-    """A single step is over."""
+    """A single step of the guest's own is over."""
     cpu.traps |= DR6_BS
 
 
@@ -50,7 +50,8 @@ def single(vm: X86Vm, cpu: Cpu, *, restores_flags: bool = False) -> Why:
     software = registers.d[EXCEPTION_IS_INT]
     if why is Why.INTERRUPT and watch.vector == DB and not software:
         registers.set_debug(6, before)
-        if guests or cpu.steps:
+        if guests:
             trap(cpu)
+        cpu.stepped = cpu.steps
         return Why.NOTHING
     return why

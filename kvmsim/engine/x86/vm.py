@@ -254,7 +254,7 @@ class X86Vm:
 
     def _deliver(self, cpu: Cpu) -> Stop | None:
         """Deliver what is queued; the stop of a VMM that waits for a window."""
-        if cpu.traps and (stop := breakpoints.deliver(cpu)) is not None:
+        if (cpu.traps or cpu.stepped) and (stop := breakpoints.deliver(cpu)) is not None:
             return stop
         if cpu.interrupt is not None and cpu.interruptible:
             cpu.queue(Event(cpu.interrupt, external=True))
