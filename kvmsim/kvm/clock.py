@@ -23,14 +23,13 @@ from kvmsim.abi.ioctls import (
 from kvmsim.abi.irq import (
     KVM_CLOCK_DATA,
     KVM_CLOCK_HOST_TSC,
+    KVM_CLOCK_REALTIME,
     KVM_CLOCK_TSC_STABLE,
     KVM_VCPU_TSC_CTRL,
     KVM_VCPU_TSC_OFFSET,
 )
-from kvmsim.abi.msrs import KVM_SYSTEM_TIME, KVM_SYSTEM_TIME_NEW
 from kvmsim.abi.structs import KVM_DEVICE_ATTR
 from kvmsim.errors import KvmError
-from kvmsim.kvm import msr_rules
 from kvmsim.kvm.client import copy_from_user, copy_to_user
 from kvmsim.kvm.dispatch import VcpuFile, VmFile, handles, state_of
 
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 U64_MASK = (1 << 64) - 1
 #: Widest scaling the processors can do: guest frequency over host frequency.
 MAX_RATIO = 255
-SYSTEM_TIME = (KVM_SYSTEM_TIME, KVM_SYSTEM_TIME_NEW)
 
 
 class VmClock:
@@ -56,14 +54,16 @@ class VmClock:
         started_ns: when kvmclock was 0; None until somebody looks.
         tsc_khz: frequency of vCPUs made from here on.
         tsc_start: the host's counter when the first vCPU was made; None before.
+        changes: how often the relation between counters and kvmclock has become another.
     """
 
-    __slots__ = ("started_ns", "tsc_khz", "tsc_start")
+    __slots__ = ("changes", "started_ns", "tsc_khz", "tsc_start")
 
     def __init__(self, vm: Vm) -> None:
         self.started_ns: int | None = None
         self.tsc_khz = vm.machine.preset.tsc_khz
         self.tsc_start: int | None = None
+        self.changes = 0
 
 
 class VcpuClock:
@@ -75,13 +75,19 @@ class VcpuClock:
     Attributes:
         tsc_khz: its frequency.
         offset: guest counter minus (scaled) host counter, 64 bits.
+        adjust: IA32_TSC_ADJUST: what the guest itself has added to its counter.
+        system_time: KVM_SYSTEM_TIME: where the guest's kvmclock is, bit 0: it is enabled.
+        stopped: the guest is to be told by its kvmclock that it was paused.
     """
 
-    __slots__ = ("offset", "tsc_khz")
+    __slots__ = ("adjust", "offset", "stopped", "system_time", "tsc_khz")
 
     def __init__(self, vcpu: Vcpu) -> None:
         self.tsc_khz = of(vcpu.vm).tsc_khz
-        self.offset = 0
+        self.offset: int = 0
+        self.adjust: int = 0
+        self.system_time = 0
+        self.stopped = False
 
 
 def of(vm: Vm) -> VmClock:
@@ -92,6 +98,24 @@ def of(vm: Vm) -> VmClock:
 def of_vcpu(vcpu: Vcpu) -> VcpuClock:
     """The counter of a vCPU."""
     return state_of(vcpu, VcpuClock)
+
+
+def changed(vm: Vm) -> None:
+    """Counters and kvmclock of a VM are related in another way: guests are told at entry."""
+    of(vm).changes += 1
+
+
+def kvmclock_ns(vm: Vm, now_ns: int) -> int:
+    """Nanoseconds of the VM; they begin when somebody looks first."""
+    clock = of(vm)
+    if clock.started_ns is None:
+        clock.started_ns = now_ns
+    return now_ns - clock.started_ns & U64_MASK
+
+
+def wall_ns(vm: Vm, now_ns: int) -> int:
+    """The time of day, from 1970 on; without a real clock that of the model."""
+    return now_ns + (vm.system.epoch_ns or 0)
 
 
 def host_tsc(machine: Machine, now_ns: int) -> int:
@@ -117,6 +141,15 @@ def set_guest_tsc(vcpu: Vcpu, value: int, now_ns: int) -> None:
     """Make RDTSC give a value now."""
     clock = of_vcpu(vcpu)
     clock.offset = value - now_ns * clock.tsc_khz // 1_000_000 & U64_MASK
+    changed(vcpu.vm)
+
+
+def adjust_guest_tsc(vcpu: Vcpu, delta: int) -> None:
+    """The guest moves its counter, by either of its registers for that."""
+    clock = of_vcpu(vcpu)
+    clock.offset = clock.offset + delta & U64_MASK
+    clock.adjust = clock.adjust + delta & U64_MASK
+    changed(vcpu.vm)
 
 
 # -- kvmclock ------------------------------------------------------------------------------------
@@ -125,13 +158,12 @@ def set_guest_tsc(vcpu: Vcpu, value: int, now_ns: int) -> None:
 @handles(VmFile, KVM_GET_CLOCK)
 def get_clock(vm: Vm, call: Call) -> int:
     """Nanoseconds of the VM, with the host counter they belong to."""
-    clock = of(vm)
-    if clock.started_ns is None:
-        clock.started_ns = call.now_ns
+    real = vm.system.epoch_ns is not None
     call.write(
         KVM_CLOCK_DATA.pack(
-            clock=call.now_ns - clock.started_ns & U64_MASK,
-            flags=KVM_CLOCK_TSC_STABLE | KVM_CLOCK_HOST_TSC,
+            clock=kvmclock_ns(vm, call.now_ns),
+            flags=KVM_CLOCK_TSC_STABLE | KVM_CLOCK_HOST_TSC | (KVM_CLOCK_REALTIME if real else 0),
+            realtime=wall_ns(vm, call.now_ns) if real else 0,
             host_tsc=host_tsc(vm.machine, call.now_ns),
         )
     )
@@ -140,11 +172,16 @@ def get_clock(vm: Vm, call: Call) -> int:
 
 @handles(VmFile, KVM_SET_CLOCK)
 def set_clock(vm: Vm, call: Call) -> int:
-    """Set the VM's nanoseconds. There is no real time here, so ``realtime`` has no effect."""
+    """Set the VM's nanoseconds, as they were at the time of day given with them."""
     data = call.read(KVM_CLOCK_DATA.size_bytes)
-    if KVM_CLOCK_DATA.get(data, "flags") & ~caps.KVM_CLOCK_VALID_FLAGS:
+    flags = KVM_CLOCK_DATA.get(data, "flags")
+    if flags & ~caps.KVM_CLOCK_VALID_FLAGS:
         raise KvmError(EINVAL, "flags of KVM_SET_CLOCK")
-    of(vm).started_ns = call.now_ns - KVM_CLOCK_DATA.get(data, "clock")
+    value = KVM_CLOCK_DATA.get(data, "clock")
+    if flags & KVM_CLOCK_REALTIME and vm.system.epoch_ns is not None:
+        value += max(0, wall_ns(vm, call.now_ns) - KVM_CLOCK_DATA.get(data, "realtime"))
+    of(vm).started_ns = call.now_ns - value
+    changed(vm)
     return 0
 
 
@@ -152,9 +189,10 @@ def set_clock(vm: Vm, call: Call) -> int:
 def kvmclock_ctrl(vcpu: Vcpu, call: Call) -> int:
     """Tell the guest it was paused; EINVAL unless it has enabled its clock."""
     del call
-    written = [msr_rules.stored(vcpu, index) for index in SYSTEM_TIME]
-    if not any(value & 1 for value in written):
+    if not of_vcpu(vcpu).system_time & 1:
         raise KvmError(EINVAL, "the guest has no kvmclock")
+    of_vcpu(vcpu).stopped = True
+    changed(vcpu.vm)
     return 0
 
 
@@ -196,6 +234,7 @@ def get_tsc_khz(vcpu: Vcpu, call: Call) -> int:
 def set_tsc_khz(vcpu: Vcpu, call: Call) -> int:
     """Choose the frequency of the vCPU's counter."""
     of_vcpu(vcpu).tsc_khz = _checked_khz(vcpu.vm.machine, call.value & 0xFFFF_FFFF)
+    changed(vcpu.vm)
     return 0
 
 
@@ -233,4 +272,5 @@ def set_device_attr(vcpu: Vcpu, call: Call) -> int:
     """Take the offset of the counter over."""
     data = copy_from_user(call.client, _offset_address(call), 8)
     of_vcpu(vcpu).offset = int.from_bytes(data, "little")
+    changed(vcpu.vm)
     return 0

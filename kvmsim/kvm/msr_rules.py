@@ -160,11 +160,6 @@ def _async_pf_int(vcpu: Vcpu, value: int) -> int | None:
     return None if value >> 8 or not vcpu.vm.irqchip else value
 
 
-def _tsc_adjust(vcpu: Vcpu, value: int) -> int:
-    """Kept only for a guest whose CPUID shows the register."""
-    return value if cpuid.guest_register(vcpu, 7, "ebx") >> 1 & 1 else IGNORED
-
-
 def _pv_eoi(vcpu: Vcpu, value: int) -> int | None:
     return None if value & 2 or (value & 1 and not _in_memory(vcpu, value & ~1)) else value
 
@@ -208,11 +203,8 @@ RULES: Final[dict[int, Rule]] = {
     **{index: Rule(accept=_ignore) for index in abi.WRITE_ONLY},
     abi.MMIO_CONF_BASE: Rule(accept=_only_zero),
     abi.IA32_POWER_CTL: Rule(),
-    abi.KVM_WALL_CLOCK: Rule(),
-    abi.KVM_SYSTEM_TIME: Rule(),
     abi.SMI_COUNT: Rule(),
     abi.IA32_FEAT_CTL: Rule(vendor="intel", accept=_bits(0x1)),
-    abi.IA32_TSC_ADJUST: Rule(accept=_tsc_adjust),
     abi.IA32_UCODE_REV: Rule(of_host=True),
     abi.PLATFORM_INFO: Rule(abi.PLATFORM_INFO_CPUID_FAULT),
     abi.IA32_ARCH_CAPABILITIES: Rule(accept=_arch_capabilities),
@@ -227,8 +219,6 @@ RULES: Final[dict[int, Rule]] = {
     **{index: Rule(accept=_mtrr_mask if index & 1 else _mtrr_base) for index in abi.MTRR_VARIABLE},
     abi.IA32_TSC_DEADLINE: Rule(accept=_ignore),
     abi.IA32_XSS: Rule(accept=_only_zero),
-    abi.KVM_WALL_CLOCK_NEW: Rule(),
-    abi.KVM_SYSTEM_TIME_NEW: Rule(),
     abi.KVM_ASYNC_PF_EN: Rule(accept=_async_pf),
     abi.KVM_STEAL_TIME: Rule(accept=_bits(~STEAL_TIME_RESERVED)),
     abi.KVM_PV_EOI_EN: Rule(accept=_pv_eoi),

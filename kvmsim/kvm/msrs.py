@@ -23,6 +23,7 @@ from kvmsim.abi.structs import KVM_MSR_ENTRY, KVM_MSR_LIST, KVM_MSRS, MAX_IO_MSR
 from kvmsim.errors import KvmError
 from kvmsim.kvm import (
     clock,
+    cpuid,
     debugctl,
     mce,
     monitoring,
@@ -200,6 +201,31 @@ def _write_tsc(vcpu: Vcpu, value: int, now_ns: int) -> bool:
     return True
 
 
+def _guest_write_tsc(vcpu: Vcpu, value: int, now_ns: int) -> bool:
+    """The guest sees in IA32_TSC_ADJUST what it has done; user space's writes do not show there."""
+    clock.adjust_guest_tsc(vcpu, value - clock.guest_tsc(vcpu, now_ns))
+    return True
+
+
+def _has_tsc_adjust(vcpu: Vcpu) -> bool:
+    return bool(cpuid.guest_register(vcpu, 7, "ebx") >> 1 & 1)
+
+
+def _write_tsc_adjust(vcpu: Vcpu, value: int, now_ns: int) -> bool:
+    """Kept only for a guest whose CPUID shows the register; the counter stays."""
+    del now_ns
+    if _has_tsc_adjust(vcpu):
+        clock.of_vcpu(vcpu).adjust = value
+    return True
+
+
+def _guest_write_tsc_adjust(vcpu: Vcpu, value: int, now_ns: int) -> bool:
+    del now_ns
+    if _has_tsc_adjust(vcpu):
+        clock.adjust_guest_tsc(vcpu, value - clock.of_vcpu(vcpu).adjust)
+    return True
+
+
 def _write_apic_base(vcpu: Vcpu, value: int, now_ns: int) -> bool:
     del now_ns
     if not sregs.valid_apic_base(vcpu, value):
@@ -222,7 +248,12 @@ SPECIAL: dict[int, Special] = {
     abi.FS_BASE: _segment_base("fs.base"),
     abi.GS_BASE: _segment_base("gs.base"),
     abi.KERNEL_GS_BASE: Special(_read_kernel_gs, _write_kernel_gs),
-    abi.IA32_TSC: Special(clock.guest_tsc, _write_tsc),
+    abi.IA32_TSC: Special(clock.guest_tsc, _write_tsc, guest_write=_guest_write_tsc),
+    abi.IA32_TSC_ADJUST: Special(
+        lambda vcpu, now_ns: clock.of_vcpu(vcpu).adjust,
+        _write_tsc_adjust,
+        guest_write=_guest_write_tsc_adjust,
+    ),
     abi.IA32_APICBASE: Special(lambda vcpu, now_ns: vcpu.apic_base, _write_apic_base),
     abi.EFER: Special(lambda vcpu, now_ns: sregs.of(vcpu).get("efer"), _write_efer),
     abi.IA32_DEBUGCTL: Special(

@@ -73,9 +73,13 @@ class System(SystemFile):
         firmware: the secure processor; it answers on a machine with SEV only.
         vms: VMs that are not destroyed, in order of creation.
         supported_cpuid: what a guest can have of CPUID.
+        epoch_ns: the time of day, from 1970 on, at time 0 of the model; None: it has no real time.
     """
 
-    __slots__ = ("_creator", "_extensions", "firmware", "keys", "machine", "supported_cpuid", "vms")
+    __slots__ = (
+        *("_creator", "_extensions", "epoch_ns", "firmware", "keys", "machine"),
+        *("supported_cpuid", "vms"),
+    )
 
     def __init__(self, machine: Machine, chip: bytes = b"") -> None:
         self.machine = machine
@@ -88,6 +92,7 @@ class System(SystemFile):
         self.keys.asids.on_flush = self.firmware.df_flush
         self.vms: dict[Vm, None] = {}
         self.supported_cpuid = cpuid.supported(machine)
+        self.epoch_ns: int | None = None
         self._creator = LocalClient(0)
         self._extensions = capabilities.extensions(machine)
 

@@ -19,6 +19,7 @@ from kvmsim.kvm import (
     msr_filter,
     msr_rules,
     msrs,
+    pvclock,
     sregs,
 )
 from kvmsim.kvm.dispatch import state_of
@@ -139,6 +140,8 @@ class VcpuPolicy:
         taken = msrs.guest_write(vcpu, index, value, self.now_ns(cpu))
         cpu.lbr = lbr.entered_again(vcpu)
         share_msrs(vcpu, cpu)
+        if pvclock.of(vcpu).seen != clock.of(vcpu.vm).changes:
+            pvclock.enter(vcpu, cpu.memory, self.now_ns(cpu))
         return taken
 
 

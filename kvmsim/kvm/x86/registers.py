@@ -8,12 +8,12 @@ and only what user space changed goes in. Debug registers and the bus lock #DB a
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from kvmsim.engine.x86 import fpu as x87_sse
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import BP, DB, NMI, OF, Event
-from kvmsim.kvm import debug, events, fpu, lbr, msr_rules, sregs
+from kvmsim.kvm import clock, debug, events, fpu, lbr, msr_rules, pvclock, sregs
 from kvmsim.kvm.dispatch import state_of
 from kvmsim.kvm.x86 import policy
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvmsim.engine.x86.cpu import Cpu
     from kvmsim.kvm.sregs import Sregs
     from kvmsim.kvm.vcpu import Vcpu
+    from kvmsim.kvm.x86.policy import VcpuPolicy
 
 #: Numbers of the general registers in the order of ``kvm_regs``; RIP and RFLAGS follow.
 _ORDER = (r.RAX, r.RBX, r.RCX, r.RDX, r.RSI, r.RDI, r.RSP, r.RBP, *range(8, 16))
@@ -63,8 +64,28 @@ class VcpuRegisters:
     """
 
     __slots__ = (
-        *("_area", "_cpu", "_debug", "_delivered", "_events", "_msrs", "_raw_fpu", "_regs", "_rip"),
-        *("_running", "_sregs", "_vcpu", "events_ahead", "fpu_ahead", "regs_ahead", "sregs_ahead"),
+        *(
+            "_area",
+            "_clock",
+            "_cpu",
+            "_debug",
+            "_delivered",
+            "_events",
+            "_msrs",
+            "_raw_fpu",
+            "_pvclock",
+            "_regs",
+        ),
+        *(
+            "_rip",
+            "_running",
+            "_sregs",
+            "_vcpu",
+            "events_ahead",
+            "fpu_ahead",
+            "regs_ahead",
+            "sregs_ahead",
+        ),
     )
 
     _cpu: Cpu
@@ -78,6 +99,7 @@ class VcpuRegisters:
         self._running = False
         self._events = events.of(vcpu)
         self._msrs = state_of(vcpu, msr_rules.Msrs)
+        self._pvclock, self._clock = pvclock.of(vcpu), clock.of(vcpu.vm)
         self._msrs.changed |= self._msrs.values.keys()
         self.reset()
 
@@ -104,6 +126,9 @@ class VcpuRegisters:
             cpu.registers.shadow = bool(self._events.shadow)
         if self._msrs.changed:
             policy.share_msrs(vcpu, cpu)
+        if self._pvclock.seen != self._clock.changes:
+            now_ns = cast("VcpuPolicy", cpu.policy).now_ns(cpu)
+            pvclock.enter(vcpu, cpu.memory, now_ns)
         cpu.lbr = lbr.recording(vcpu)
         cpu.cr8 = vcpu.cr8
         cpu.wants_window = bool(vcpu.run.request_interrupt_window)
@@ -160,8 +185,6 @@ class VcpuRegisters:
             cpu.queue(Event(exception.vector, exception.error_code or 0, software=software))
         if state.nmi_injected or state.nmi_pending:
             cpu.queue(Event(NMI, external=True))
-        if state.interrupt:
-            cpu.interrupt = state.interrupt_nr
 
     # -- out of the engine -------------------------------------------------------------------------
 
