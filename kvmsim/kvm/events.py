@@ -109,16 +109,14 @@ class Events:
         self.nmi_pending = min(self.nmi_pending, limit)
 
     def delivered(self) -> QueuedException | None:
-        """Entering the guest: everything that waits arrives; the exception, if there is one.
+        """Entering the guest: what waits arrives; the exception, if there is one.
 
-        A triple fault stays: it ends the run.
+        A triple fault stays: it ends the run. So does an external interrupt, which the guest takes
+        when it allows interrupts (``kvmsim.kvm.interrupts``).
         """
         exception = self.exception
         arrived = exception if exception.pending or exception.injected else None
         self.exception = QueuedException()
-        if self.interrupt:
-            self.interrupt = False
-            self.nr_interrupts += 1
         self.shadow = 0
         if self.nmi_injected or self.nmi_pending:
             self.nmi_injected = False

@@ -49,6 +49,9 @@ class Cpu:
         stepped: an instruction was executed for a debugger that single-steps and has not heard yet.
         nmi_masked: an NMI was delivered, and no IRET executed since.
         interrupt: vector of an external interrupt that comes as soon as the guest takes it.
+        acknowledge: asked for the vector when it does; None: it is ``interrupt`` itself. A more
+            urgent one may have come meanwhile, or it may be gone. Called in KVM's thread only.
+        tpr_threshold: stop when the guest sets ``cr8`` below this.
         wants_window: stop when the guest can take an interrupt.
         guest_ns: guest time it has executed.
         stopped_ns: ``guest_ns`` at its last stop.
@@ -80,6 +83,8 @@ class Cpu:
         self.nmi_masked = False
         self._owed_traps = 0
         self.interrupt: int | None = None
+        self.acknowledge: Callable[[], int | None] | None = None
+        self.tpr_threshold = 0
         self.wants_window = False
         self.guest_ns = self.stopped_ns = 0
         self.left: tuple[Why, int] | None = None

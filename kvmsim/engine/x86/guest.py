@@ -16,6 +16,8 @@ from kvmsim.engine.base import Executing
 from kvmsim.engine.x86 import breakpoints
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmsim.engine.base import GuestVcpu, Stop
     from kvmsim.engine.x86.cpu import Cpu
 
@@ -75,6 +77,19 @@ class X86Guest:
     def deliver_events(self) -> None:
         """KVM is about to deliver what waits: the guest gets it at the next entry."""
         self._file.deliver(self.cpu)
+
+    def set_interrupt(
+        self, vector: int | None, threshold: int, acknowledge: Callable[[], int | None]
+    ) -> None:
+        """An external interrupt waits, or none does: see ``Cpu``."""
+        cpu = self.cpu
+        cpu.interrupt, cpu.tpr_threshold, cpu.acknowledge = vector, threshold, acknowledge
+
+    def forget(self) -> None:
+        """The vCPU is reset: what it was doing is gone."""
+        self._rip = -1
+        self.cpu.events.clear()
+        self.cpu.interrupt = None
 
     def take_traps(self) -> int:
         """Payload of the #DB that is due, which KVM merges with one of its own; then none is."""

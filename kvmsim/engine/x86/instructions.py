@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.base import Hlt, Hypercall, Io, Rdmsr, SystemEvent, Wrmsr
+from kvmsim.engine.base import Hlt, Hypercall, InKernel, Io, Rdmsr, SystemEvent, Wrmsr
 from kvmsim.engine.x86 import breakpoints
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.decode import DS, NONE
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 CR4_TSD, CR4_DE, CR4_PCE, CR4_OSXSAVE = 1 << 2, 1 << 3, 1 << 8, 1 << 18
 EFER_SCE = 1
 XCR0_KNOWN = 0x7
+#: IA32_APIC_BASE, IA32_TSC_DEADLINE and the x2APIC's registers.
+_LOCAL_APIC = frozenset({0x1B, 0x6E0, *range(0x800, 0x900)})
 _FLAT_CODE = r.RIGHTS_G | r.RIGHTS_P | r.RIGHTS_S | 0xB << 8
 _FLAT_DATA = r.RIGHTS_G | r.RIGHTS_DB | r.RIGHTS_P | r.RIGHTS_S | 3 << 8
 #: Bytes that one exit for INS brings at most, and a page.
@@ -218,14 +220,16 @@ def _rdmsr(cpu: Cpu, found: Instruction) -> Stop | None:
 
 def _wrmsr(cpu: Cpu, found: Instruction) -> Stop | None:
     _require_ring_0(cpu)
-    written = write_msr(cpu, cpu.registers.q[r.RCX] & r.U32, _edx_eax(cpu))
+    index = cpu.registers.q[r.RCX] & r.U32
+    written = write_msr(cpu, index, _edx_eax(cpu))
     if isinstance(written, Wrmsr):
         cpu.on_completion(lambda data: _accessed(cpu, found, data[:1]))
         return written
     if not written:
         raise Fault(GP)
     cpu.registers.advance(found.length)
-    return None
+    # Interrupts and timers may be others now: KVM looks before the guest goes on.
+    return InKernel() if index in _LOCAL_APIC else None
 
 
 def _accessed(cpu: Cpu, found: Instruction, data: bytes) -> None:
@@ -313,16 +317,18 @@ def _mov_dr(cpu: Cpu, found: Instruction) -> None:
     registers.advance(found.length)
 
 
-def _mov_cr8(cpu: Cpu, found: Instruction) -> None:
+def _mov_cr8(cpu: Cpu, found: Instruction) -> Stop | None:
     _require_ring_0(cpu)
     if found.opcode == 0x0F20:
         cpu.registers.q[found.rm] = cpu.cr8
-    else:
-        value = cpu.registers.q[found.rm]
-        if value > 15:
-            raise Fault(GP)
-        cpu.cr8 = value
+        cpu.registers.advance(found.length)
+        return None
+    value = cpu.registers.q[found.rm]
+    if value > 15:
+        raise Fault(GP)
+    cpu.cr8 = value
     cpu.registers.advance(found.length)
+    return InKernel() if value < cpu.tpr_threshold else None
 
 
 def _syscall(cpu: Cpu, found: Instruction) -> None:

@@ -257,8 +257,7 @@ class X86Vm:
         if (cpu.traps or cpu.stepped) and (stop := breakpoints.deliver(cpu)) is not None:
             return stop
         if cpu.interrupt is not None and cpu.interruptible:
-            cpu.queue(Event(cpu.interrupt, external=True))
-            cpu.interrupt = None
+            self._take_interrupt(cpu)
         try:
             self._inject(cpu)
         except TripleFault:
@@ -269,6 +268,13 @@ class X86Vm:
             cpu.wants_window = False
             return IrqWindow()
         return None
+
+    def _take_interrupt(self, cpu: Cpu) -> None:
+        vector, cpu.interrupt = cpu.interrupt, None
+        if cpu.acknowledge is not None:
+            vector = cpu.acknowledge()
+        if vector is not None:
+            cpu.queue(Event(vector, external=True))
 
     def _inject(self, cpu: Cpu) -> None:
         while cpu.events:
@@ -307,6 +313,8 @@ class X86Vm:
         self._working = cpu
         # Looked at behind the line above, kicks being lost otherwise: see kick().
         while not cpu.kicked and not cpu.stops and cpu.left is None and not self.meter.expired():
+            if cpu.interrupt is not None and cpu.acknowledge is not None and cpu.interruptible:
+                break  # KVM is asked for the vector
             stop = self._deliver(cpu)
             if stop is not None:
                 cpu.stops.append(stop)
