@@ -116,13 +116,15 @@ class Debug(StopBase):
 
     Attributes:
         exception: vector, 1 (#DB) or 3 (#BP).
-        dr6: the cause as the processor reports it, before KVM's own changes.
-        dr7: guest DR7.
+        dr6: the cause, every bit active high.
+        dr7: the DR7 that counted.
+        pc: linear address of the next instruction; None: RIP is one.
     """
 
     exception: int = 1
     dr6: int = 0
     dr7: int = 0x400
+    pc: int | None = None
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from kvmsim.abi.caps import KVM_MP_STATE_HALTED
 from kvmsim.abi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, Exit
 from kvmsim.abi.run import PIO_DATA_OFFSET
 from kvmsim.engine.base import Debug, InternalError
+from kvmsim.engine.x86.breakpoints import dr6_after
 from kvmsim.kvm import bus, coalesced
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ HLT, IO, MMIO = Exit.HLT, Exit.IO, Exit.MMIO
 
 DR6_ACTIVE_LOW = 0xFFFF0FF0
 DR6_BUS_LOCK = 1 << 11
+BP_VECTOR = 3
 READY_AND_IF = 0x0101
 
 
@@ -181,13 +183,17 @@ def report_debug(vcpu: Vcpu, stop: Debug) -> int:
     """Show a debug exception to the VMM.
 
     Linux 6.12 vmx.c ``handle_exception_nmi`` ORs the qualification, whose polarity is active high,
-    into the active-low reset value: bit 11 always reads as "no bus lock". AMD reports DR6 as it is.
+    into the active-low reset value: bit 11 always reads as "no bus lock". AMD's processors report
+    DR6 itself, which is at its reset value while a debugger uses it (svm.c ``svm_vcpu_run``).
     """
     machine = vcpu.vm.machine
-    dr6 = stop.dr6
+    dr6 = dr6_after(DR6_ACTIVE_LOW, stop.dr6)
     if machine.preset.vendor == "intel":
-        dr6 |= DR6_ACTIVE_LOW
+        dr6 = stop.dr6 | DR6_ACTIVE_LOW
         if stop.dr6 & DR6_BUS_LOCK and not machine.quirks.debug_exit_hides_bus_lock:
             dr6 &= ~DR6_BUS_LOCK
-    pack_into("<IIQQQ", vcpu.run.memory, 32, stop.exception, 0, vcpu.rip, dr6, stop.dr7)
+    pc = vcpu.rip if stop.pc is None else stop.pc
+    pack_into("<IIQ", vcpu.run.memory, 32, stop.exception, 0, pc)
+    if stop.exception != BP_VECTOR:  # a #BP leaves the others as they were
+        pack_into("<QQ", vcpu.run.memory, 48, dr6, stop.dr7)
     return Exit.DEBUG

@@ -205,7 +205,8 @@ def raise_db(cpu: Cpu, payload: int, *, fault: bool = False) -> Stop | None:
     if detected:
         takes = debugger is not None and debugger.registers is not None
     if takes:
-        return Debug(exception=DB, dr6=payload, dr7=registers_of(cpu)[4])
+        control = registers_of(cpu)[4]
+        return Debug(exception=DB, dr6=payload, dr7=control, pc=registers.linear_rip)
     registers.set_debug(6, dr6_after(registers.debug(6), payload))
     registers.set_debug(7, registers.debug(7) & ~DR7_GD)
     cpu.queue(Event(DB, resumes=fault))

@@ -145,7 +145,7 @@ def _interrupted(vm: X86Vm, cpu: Cpu) -> Stop | None:
     length = _int_length(vm, cpu, vector) if software else 0
     if vector == BP and length == 1 and cpu.debugger is not None and cpu.debugger.int3:
         registers.rip -= length
-        return Debug(exception=BP, dr7=breakpoints.registers_of(cpu)[4])
+        return Debug(exception=BP, pc=registers.linear_rip)
     cpu.queue(Event(vector, code, software=software, length=length))
     return None
 

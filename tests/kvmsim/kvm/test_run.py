@@ -147,7 +147,7 @@ def test_internal_error_carries_its_words(guest):
     [
         (INTEL, 0xFFFF0FF0),
         (INTEL + "[quirks]\ndebug_exit_hides_bus_lock = false\n", 0xFFFF07F0),
-        (AMD, 0x800),
+        (AMD, 0xFFFF07F0),
     ],
     ids=["intel", "intel without the quirk", "amd"],
 )
