@@ -217,7 +217,6 @@ RULES: Final[dict[int, Rule]] = {
     abi.MTRR_DEF_TYPE: Rule(accept=_mtrr_default),
     **{index: Rule(accept=_types(MTRR_TYPES)) for index in abi.MTRR_FIXED},
     **{index: Rule(accept=_mtrr_mask if index & 1 else _mtrr_base) for index in abi.MTRR_VARIABLE},
-    abi.IA32_TSC_DEADLINE: Rule(accept=_ignore),
     abi.IA32_XSS: Rule(accept=_only_zero),
     abi.KVM_ASYNC_PF_EN: Rule(accept=_async_pf),
     abi.KVM_STEAL_TIME: Rule(accept=_bits(~STEAL_TIME_RESERVED)),

@@ -226,14 +226,6 @@ def _guest_write_tsc_adjust(vcpu: Vcpu, value: int, now_ns: int) -> bool:
     return True
 
 
-def _write_apic_base(vcpu: Vcpu, value: int, now_ns: int) -> bool:
-    del now_ns
-    if not sregs.valid_apic_base(vcpu, value):
-        return False
-    vcpu.apic_base = value
-    return True
-
-
 def _write_efer(vcpu: Vcpu, value: int, now_ns: int) -> bool:
     """EFER.LMA follows from LME and paging: a write does not change it."""
     del now_ns
@@ -254,7 +246,6 @@ SPECIAL: dict[int, Special] = {
         _write_tsc_adjust,
         guest_write=_guest_write_tsc_adjust,
     ),
-    abi.IA32_APICBASE: Special(lambda vcpu, now_ns: vcpu.apic_base, _write_apic_base),
     abi.EFER: Special(lambda vcpu, now_ns: sregs.of(vcpu).get("efer"), _write_efer),
     abi.IA32_DEBUGCTL: Special(
         lambda vcpu, now_ns: debugctl.read(vcpu),

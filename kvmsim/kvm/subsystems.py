@@ -1,6 +1,7 @@
 """Every file that enters handlers; importing this one fills the tables of ``dispatch``."""
 
 from kvmsim.kvm import (
+    apic_msrs,
     capabilities,
     clock,
     coalesced,
@@ -29,6 +30,7 @@ from kvmsim.kvm import (
 )
 
 __all__ = (
+    "apic_msrs",
     "capabilities",
     "clock",
     "coalesced",
