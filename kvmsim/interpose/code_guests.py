@@ -47,7 +47,7 @@ class CodeVm:
 
     def __init__(self, vm: Vm, loop: RunLoop) -> None:
         self.memory = GuestMemory(vm)
-        self.executor = Executor(loop.timeline, self.bring, self._after)
+        self.executor = Executor(loop, self.bring, self._after)
         self._loop = loop
 
     def bring(self) -> None:

@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvmsim.engine.base import Executing
-    from kvmsim.vmm.timeline import Timeline
+    from kvmsim.vmm.run_loop import RunLoop
 
 log = logging.getLogger(__name__)
 
 TURN_NS: Final = 1_000_000
 """How long a vCPU executes while another one of the VM waits."""
+
+SHORT_TURN_NS: Final = 200_000
+"""How long when the other one comes from its client: it may well be back there soon."""
 
 PATIENCE_S: Final = 2.0
 """How long to wait for a guest that was kicked: it looks at every block of its code."""
@@ -58,23 +61,30 @@ class Turn:
 
     Attributes:
         who: whose it is; None when nobody wants to know any more.
-        stop: what to execute.
+        stop: what to execute; None: nothing, others are to have a turn in between.
+        began_ns: when it began.
         error: what ``work`` failed with.
     """
 
-    __slots__ = ("error", "stop", "who")
+    __slots__ = ("began_ns", "error", "stop", "who")
 
-    def __init__(self, who: Executes, stop: Executing) -> None:
+    def __init__(self, who: Executes, stop: Executing | None) -> None:
         self.who: Executes | None = who
         self.stop = stop
+        self.began_ns = 0
         self.error: BaseException | None = None
+
+    def kick(self) -> None:
+        """Let it end soon."""
+        if self.stop is not None:
+            self.stop.kick()
 
 
 class Executor(Scheduled):
     """Executes the guest code of one VM.
 
     Args:
-        timeline: time of the host.
+        loop: time of the host.
         before: called on the event loop before each turn.
         after: the same behind it.
 
@@ -84,17 +94,27 @@ class Executor(Scheduled):
     """
 
     __slots__ = (
-        *("nr_turns", "nr_kicks", "_timeline", "_before", "_after", "_turns", "_current"),
+        *(
+            "nr_turns",
+            "nr_kicks",
+            "_now_ns",
+            "_timeline",
+            "_before",
+            "_after",
+            "_turns",
+            "_current",
+        ),
         *("_idle", "_jobs", "_thread", "_token", "_handling"),
     )
 
     def __init__(
-        self, timeline: Timeline, before: Callable[[], None], after: Callable[[], None]
+        self, loop: RunLoop, before: Callable[[], None], after: Callable[[], None]
     ) -> None:
         super().__init__()
         self.nr_turns = 0
         self.nr_kicks = 0
-        self._timeline = timeline
+        self._now_ns = loop.now_ns
+        self._timeline = loop.timeline
         self._before = before
         self._after = after
         self._turns: deque[Turn] = deque()
@@ -111,19 +131,29 @@ class Executor(Scheduled):
         """Whether guest code may be executing at this moment."""
         return not self._idle.is_set()
 
-    def hand_over(self, who: Executes, stop: Executing) -> None:
-        """Let a vCPU execute when its turn comes; ``who.executed`` follows."""
+    def hand_over(self, who: Executes, stop: Executing | None, *, comes: bool = False) -> None:
+        """Let a vCPU execute when its turn comes; ``who.executed`` follows.
+
+        Args:
+            who: whose turn it is to be.
+            stop: what to execute; None: nothing, but others' turns are to come before.
+            comes: its client has just called.
+        """
         self._turns.append(Turn(who, stop))
-        if self._current is None and not self._handling:
-            self._next()
+        current = self._current
+        if current is None:
+            if not self._handling:
+                self._next()
+        elif comes and self._now_ns() - current.began_ns > SHORT_TURN_NS:
+            self._kick_for_others(current)
         elif not self.ticket:
-            self._timeline.sleep_until(self, self._timeline.now_ns + TURN_NS)
+            self._timeline.sleep_until(self, self._now_ns() + TURN_NS)
 
     def kick(self, who: Executes) -> bool:
         """Let somebody's turn end soon, if it has begun; whether it has."""
         if self._current is None or self._current.who is not who:
             return False
-        self._current.stop.kick()
+        self._current.kick()
         return True
 
     def withdraw(self, who: Executes) -> bool:
@@ -134,7 +164,7 @@ class Executor(Scheduled):
             ``executed`` comes.
         """
         if self._current is not None and self._current.who is who:
-            self._current.stop.kick()
+            self._current.kick()
             return True
         self._turns = deque(turn for turn in self._turns if turn.who is not who)
         return False
@@ -157,7 +187,7 @@ class Executor(Scheduled):
             Stuck: it does not stop.
         """
         if self._current is not None:
-            self._current.stop.kick()
+            self._current.kick()
             self._wait()
 
     def close(self) -> None:
@@ -166,7 +196,7 @@ class Executor(Scheduled):
         self._timeline.drop(self)
         if self._current is not None:
             self._current.who = None
-            self._current.stop.kick()
+            self._current.kick()
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join(PATIENCE_S)
@@ -177,9 +207,12 @@ class Executor(Scheduled):
         if not self._turns:
             return
         if self._current is not None:
-            self.nr_kicks += 1
-            self._current.stop.kick()
+            self._kick_for_others(self._current)
         self._timeline.sleep_until(self, now_ns + TURN_NS)
+
+    def _kick_for_others(self, turn: Turn) -> None:
+        self.nr_kicks += 1
+        turn.kick()
 
     def _wait(self) -> None:
         if not self._idle.wait(PATIENCE_S):
@@ -199,6 +232,10 @@ class Executor(Scheduled):
             turn = again
         self._current = turn
         self.nr_turns += 1
+        turn.began_ns = self._now_ns()
+        if turn.stop is None:
+            self._token.run_sync_soon(self._over, turn)
+            return
         self._before()
         self._idle.clear()
         if self._thread is None:
@@ -226,6 +263,7 @@ class Executor(Scheduled):
     def _serve(self) -> None:
         """The thread: execute what comes."""
         while (turn := self._jobs.get()) is not None:
+            assert turn.stop is not None
             try:
                 turn.stop.work()
             except BaseException as error:  # its vCPU is told

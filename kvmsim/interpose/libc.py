@@ -12,6 +12,7 @@ from typing import Any, Final
 
 NR_SECCOMP: Final = 317
 NR_KCMP: Final = 312
+NR_TGKILL: Final = 234
 
 CLONE_NEWNS: Final = 0x00020000
 CLONE_NEWUSER: Final = 0x10000000
@@ -110,3 +111,8 @@ def same_address_space(pid: int, other: int) -> bool:
         return syscall(NR_KCMP, pid, other, KCMP_VM, 0, 0) == 0
     except OSError:
         return False
+
+
+def tgkill(process: int, thread: int, number: int) -> None:
+    """Send a signal to one thread."""
+    syscall(NR_TGKILL, process, thread, number)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from kvmsim.engine.base import GuestEngine
     from kvmsim.interpose.launch import Launched
-    from kvmsim.interpose.supervisor import OtherCalls, Tap
+    from kvmsim.interpose.roles import OtherCalls, Tap
     from kvmsim.kvm.dispatch import KvmFile
     from kvmsim.kvm.system import System
     from kvmsim.kvm.vcpu import Vcpu

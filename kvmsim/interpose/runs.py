@@ -11,7 +11,6 @@ import logging
 from errno import EIO
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.base import Executing
 from kvmsim.errors import KvmError
 from kvmsim.kvm.run import OUT, Halted, InGuest
 from kvmsim.vmm.timeline import Scheduled
@@ -30,6 +29,9 @@ log = logging.getLogger(__name__)
 
 MAX_INLINE = 64
 """Stops without guest time a run goes through before others get their turn."""
+
+MAX_INLINE_CODE = 16
+"""The same where the guest executes code, which takes time of its own: some 100 us."""
 
 STOP_NS = 1_500
 """What a stop without guest time takes once there have been that many: on Linux, an exit and a new
@@ -115,7 +117,7 @@ class Run(Scheduled):
             KvmError: KVM_RUN fails.
         """
         left: Blocked | None = blocked
-        for _ in range(MAX_INLINE):
+        for _ in range(MAX_INLINE if self.executor is None else MAX_INLINE_CODE):
             if type(left) is not InGuest or left.guest_ns or left.work is not None:
                 break
             left = self.vcpu.resume(now_ns)
@@ -129,7 +131,7 @@ class Run(Scheduled):
         self.thread = thread
         self.look_at_ns = now_ns + FIRST_LOOK_NS
         self.look_after_ns = FIRST_LOOK_NS
-        self._schedule(blocked, now_ns)
+        self._schedule(blocked, now_ns, comes=True)
 
     def step(self, now_ns: int) -> None:
         """The guest time or the wait is over, or the guest's timer wants it back."""
@@ -239,10 +241,10 @@ class Run(Scheduled):
         fail(self.vcpu)
         self._done(self, KvmError(EIO, "the guest cannot go on"))
 
-    def _schedule(self, blocked: Blocked, now_ns: int) -> None:
+    def _schedule(self, blocked: Blocked, now_ns: int, *, comes: bool = False) -> None:
         """Take a place on the timeline, unless something else ends the wait."""
         if type(blocked) is InGuest and self.executor is not None:
-            self._execute(blocked)
+            self._execute(blocked, comes=comes)
         elif type(blocked) is InGuest:
             self.phase = GUEST
             self._burst_ns = guest_ns = blocked.guest_ns or MAX_INLINE * STOP_NS
@@ -254,13 +256,13 @@ class Run(Scheduled):
         else:
             self.phase = THROTTLED
 
-    def _execute(self, blocked: InGuest) -> None:
+    def _execute(self, blocked: InGuest, *, comes: bool) -> None:
         """Have guest code executed; after many stops without any, go on when others had a turn."""
         assert self.executor is not None
         self.phase = EXECUTING
         if blocked.deadline_ns is not None:
             self._timeline.sleep_until(self, blocked.deadline_ns)
-        self.executor.hand_over(self, blocked.work or Executing())
+        self.executor.hand_over(self, blocked.work, comes=comes)
 
 
 def fail(vcpu: Vcpu) -> None:

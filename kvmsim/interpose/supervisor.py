@@ -11,7 +11,7 @@ import logging
 import os
 from contextlib import suppress
 from errno import EINTR, EIO, ENOENT
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -24,6 +24,7 @@ from kvmsim.abi.ioctls import (
 )
 from kvmsim.abi.run import MMAP_SIZE_BYTES
 from kvmsim.errors import KvmError
+from kvmsim.interpose import libc
 from kvmsim.interpose.clients import FRESH_NS, Clients
 from kvmsim.interpose.code_guests import CodeVms
 from kvmsim.interpose.descriptors import Descriptors
@@ -31,6 +32,7 @@ from kvmsim.interpose.executor import Stuck
 from kvmsim.interpose.filter import NR_IOCTL
 from kvmsim.interpose.notify import answer_calls
 from kvmsim.interpose.remap import Remap
+from kvmsim.interpose.roles import Readable, Releasable
 from kvmsim.interpose.runs import LAST_LOOK_NS, LOOKS_APART_NS, Run, fail
 from kvmsim.interpose.signals import pending
 from kvmsim.kvm.devsev import SevFile
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from kvmsim.interpose.descriptors import Descriptor
     from kvmsim.interpose.namespace import Identity
     from kvmsim.interpose.notify import Listener, Notification
+    from kvmsim.interpose.roles import OtherCalls, Tap
     from kvmsim.vmm.run_loop import RunLoop
 
 log = logging.getLogger(__name__)
@@ -59,45 +62,6 @@ _LOW32 = 0xFFFF_FFFF
 
 #: Calls to a VM after which its guest has other memory; no code of it executes meanwhile.
 _CHANGE_MEMORY = frozenset({KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2})
-
-
-@runtime_checkable
-class Releasable(Protocol):
-    """A file that wants to know of its last close."""
-
-    def release(self, now_ns: int) -> None:
-        """The last descriptor was closed."""
-
-
-@runtime_checkable
-class Readable(Protocol):
-    """A file that is read like one on a disk, as KVM's statistics are."""
-
-    def content(self) -> bytes:
-        """All of it, as it is now; its length never changes."""
-
-
-class Tap(Protocol):
-    """Sees every call; for traces and for faults made on purpose."""
-
-    def called(self, file: KvmFile, request: int, arg: int, caller: Process) -> int | None:
-        """A call is about to be carried out; an errno makes it fail instead."""
-
-    def returned(
-        self, file: KvmFile, request: int, arg: int, caller: Process, result: int, now_ns: int
-    ) -> None:
-        """A call is about to be answered: its value, or a negative errno.
-
-        The caller still waits, so its memory is as KVM left it; only one that gets a descriptor has
-        its answer already, which is how the number is known.
-        """
-
-
-class OtherCalls(Protocol):
-    """Answers trapped calls that are no ioctls."""
-
-    def answer(self, notification: Notification, thread: Thread) -> int | None:
-        """The value, a negative errno, or None: Linux carries the call out."""
 
 
 class Supervisor:
@@ -439,11 +403,19 @@ class Supervisor:
         assert descriptor.memory is not None
         vcpu.run = KvmRun(memoryview(descriptor.memory))
         run = self._runs[vcpu] = Run(vcpu, self.loop.timeline, self._run_ended, self._enters_again)
+        vcpu.on_signal = self._signal
         if self._code is not None:
             vcpu.engine = self._code.engine(vcpu)
             run.executor = self._code.of(vcpu.vm).executor
         elif self._engine is not None:
             vcpu.engine = self._engine(vcpu)
+
+    def _signal(self, vcpu: Vcpu, number: int) -> None:
+        """KVM queues a signal for the thread that is in KVM_RUN."""
+        thread = self._runs[vcpu].thread or self._calling
+        assert thread is not None
+        with suppress(OSError):  # it may be ending
+            libc.tgkill(thread.process.pid, thread.number, number)
 
     def _write_contents(self) -> None:
         """Bring what clients can read without a call up to date."""

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from typing import IO
 
     from kvmsim.interpose.clients import Process
-    from kvmsim.interpose.supervisor import Supervisor, Tap
+    from kvmsim.interpose.roles import Tap
+    from kvmsim.interpose.supervisor import Supervisor
     from kvmsim.kvm.dispatch import KvmFile
     from kvmsim.supervise.script import Script
 

@@ -1,0 +1,189 @@
+import threading
+
+import pytest
+import trio
+
+from kvmsim.engine.base import Executing
+from kvmsim.interpose import executor as module
+from kvmsim.interpose.executor import Executor, Stuck
+from kvmsim.vmm.run_loop import RunLoop
+from kvmsim.vmm.timeline import Timeline
+
+
+class Code:
+    """Guest code that executes until it is kicked, or for so many turns of its own."""
+
+    def __init__(self, name, log, executor, *, turns=1, spins=False, error=None):
+        self.name = name
+        self.log = log
+        self.executor = executor
+        self.turns = turns
+        self.spins = spins
+        self.error = error
+        self.is_due = False
+        self.kicked = threading.Event()
+        self.began = threading.Event()
+        self.over = trio.Event()
+        self.failed = None
+
+    def hand_over(self, **options):
+        self.kicked.clear()
+        self.executor.hand_over(self, Executing(work=self.work, kick=self.kicked.set), **options)
+
+    def work(self):
+        self.began.set()
+        if self.error is not None:
+            raise self.error
+        self.log.append(f"{self.name} in")
+        if self.spins:
+            assert self.kicked.wait(10)
+        self.log.append(f"{self.name} out")
+
+    def executed(self, error):
+        self.log.append(f"{self.name} heard")
+        self.failed = error
+        self.turns -= 1
+        self.is_due = False
+        if self.turns and error is None:
+            self.hand_over()
+        else:
+            self.over.set()
+
+
+@pytest.fixture
+async def log():
+    return []
+
+
+@pytest.fixture
+async def executor(log, nursery):
+    loop = RunLoop(Timeline())
+    await nursery.start(loop.run)
+    made = Executor(loop, lambda: log.append("before"), lambda: log.append("after"))
+    yield made
+    made.close()
+
+
+async def test_code_executes_on_a_thread_between_before_and_after(executor, log):
+    code = Code("a", log, executor)
+    code.hand_over()
+    assert executor.is_executing
+    await code.over.wait()
+    assert log == ["before", "a in", "a out", "after", "a heard"]
+    assert not executor.is_executing
+
+
+async def test_next_turn_begins_when_the_last_one_was_heard(executor, log):
+    first, second = Code("a", log, executor, turns=2), Code("b", log, executor)
+    first.hand_over()
+    second.hand_over()
+    await first.over.wait()
+    await second.over.wait()
+    told = [line for line in log if line[0] in "ab" and line[1] == " "]
+    assert told == [
+        "a in",
+        "a out",
+        "a heard",
+        "b in",
+        "b out",
+        "b heard",
+        "a in",
+        "a out",
+        "a heard",
+    ]
+
+
+async def test_code_that_spins_is_kicked_when_others_wait(executor, log):
+    spinning = Code("a", log, executor, turns=3, spins=True)
+    others = Code("b", log, executor, turns=2)
+    spinning.hand_over()
+    others.hand_over()
+    with trio.fail_after(5):
+        await others.over.wait()
+    assert executor.nr_kicks >= 1
+    executor.forget(spinning)
+
+
+async def test_code_that_spins_alone_is_left_alone(executor, log):
+    spinning = Code("a", log, executor, spins=True)
+    spinning.hand_over()
+    await trio.sleep(0.02)
+    assert (executor.nr_kicks, executor.is_executing) == (0, True)
+    executor.forget(spinning)
+
+
+async def test_paused_code_has_stopped_but_is_not_heard_yet(executor, log):
+    spinning = Code("a", log, executor, spins=True)
+    spinning.hand_over()
+    executor.pause()
+    assert not executor.is_executing
+    assert log == ["before", "a in", "a out"]
+    await spinning.over.wait()
+
+
+async def test_turn_that_has_not_begun_is_withdrawn_at_once(executor, log):
+    spinning, waiting = Code("a", log, executor, spins=True), Code("b", log, executor)
+    spinning.hand_over()
+    waiting.hand_over()
+    assert not executor.withdraw(waiting)
+    assert executor.withdraw(spinning)
+    await spinning.over.wait()
+    await trio.testing.wait_all_tasks_blocked(0.01)
+    assert not waiting.began.is_set()
+
+
+async def test_forgotten_code_has_stopped_and_is_not_heard(executor, log):
+    spinning = Code("a", log, executor, spins=True)
+    spinning.hand_over()
+    executor.forget(spinning)
+    after = Code("b", log, executor)
+    after.hand_over()
+    await after.over.wait()
+    assert "a heard" not in log
+
+
+async def test_error_of_the_engine_is_told(executor, log):
+    wrong = Code("a", log, executor, error=ZeroDivisionError())
+    wrong.hand_over()
+    await wrong.over.wait()
+    assert isinstance(wrong.failed, ZeroDivisionError)
+
+
+async def test_code_that_does_not_stop_is_given_up(executor, log, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.01)
+    released = threading.Event()
+    stuck = Code("a", log, executor)
+    executor.hand_over(stuck, Executing(work=lambda: released.wait(10)))
+    with pytest.raises(Stuck):
+        executor.pause()
+    with pytest.raises(Stuck):
+        executor.forget(stuck)
+    released.set()
+    await stuck.over.wait()
+
+
+async def test_who_is_due_enters_anew_and_goes_on_at_once(executor, log):
+    spinning = Code("a", log, executor, spins=True)
+    due, last = Code("b", log, executor, turns=2), Code("c", log, executor)
+    spinning.hand_over()
+    due.hand_over()
+    last.hand_over()
+    assert not executor.kick(due)
+    due.is_due = True
+    assert executor.kick(spinning)
+    await last.over.wait()
+    assert log.index("b heard") < log.index("b in")
+    assert log.index("b out") < log.index("c in")
+
+
+async def test_turn_without_code_lets_others_go_first(executor, log):
+    first, second = Code("a", log, executor, turns=1), Code("b", log, executor)
+    executor.hand_over(first, None)
+    second.hand_over()
+    await second.over.wait()
+    assert [line for line in log if line[0] in "ab" and line[1] == " "] == [
+        "a heard",
+        "b in",
+        "b out",
+        "b heard",
+    ]
