@@ -7,8 +7,8 @@ and refused on mismatch.
 
 Rules of the library kept here (release 2.1.4):
 
-* ``emu_stop`` is only called by callbacks, never by another thread: it would execute
-  read-modify-write instructions twice.
+* ``emu_stop`` is only called by callbacks, unless ``native`` has made it safe to call by another
+  thread: it would execute read-modify-write instructions twice.
 * ``old_exception`` is never cleared by it; :meth:`Unicorn.start` does.
 * Unmapping memory and dropping translations walk the guest's page tables with side effects on CR2
   and the exception state: :meth:`Unicorn.preserved` puts the whole state back.
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from kvmsim.engine.x86 import native
 from kvmsim.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class Unicorn:
         env: its CPU's state, in place, by bytes.
         q: the same by 64-bit words.
         d: the same by 32-bit words.
+        native: its machine code; None where there is none.
     """
 
     def __init__(self, code_bytes: int = CODE_BYTES) -> None:
@@ -167,6 +169,7 @@ class Unicorn:
         self.q = self.env.cast("Q")
         self.d = self.env.cast("I")
         self._calibrate()
+        self.native = self._make_native(address)
         self._prime()
 
     @property
@@ -187,6 +190,8 @@ class Unicorn:
 
     def start(self, address: int) -> int:
         """Execute from an offset in CS until a callback stops; the library's error number."""
+        if self.native is not None:
+            return self.native.start(address)
         self.d[5496 // 4] = 0xFFFF_FFFF  # old_exception: none
         status: int = self._start(self._handle, address, 0xFFFF_FFFF_FFFF_FFFF, 0, 0)
         return status
@@ -195,8 +200,18 @@ class Unicorn:
         """Stop; from a callback only."""
         self._stop(self._handle)
 
+    def gave_up(self) -> bool:
+        """Whether it stopped because it does not know how to go on."""
+        return self.native is not None and self.native.aborted()
+
     def flags(self) -> int:
-        """RFLAGS, computed."""
+        """RFLAGS when it stopped."""
+        if self.native is not None:
+            return self.native.flags
+        return self.computed_flags()
+
+    def computed_flags(self) -> int:
+        """RFLAGS at this moment, in a callback too."""
         self._read(self._handle, _REG_RFLAGS, self._value_at)
         return self._value.value
 
@@ -308,7 +323,9 @@ class Unicorn:
 
         callback = _MEMORY_CALLBACK(on_access)
         self._keep.append(callback)
-        return callback
+        if self.native is None:
+            return callback
+        return ctypes.c_void_p(self.native.leaving(ctypes.cast(callback, ctypes.c_void_p)))
 
     def hook_memory(self, callback: Callback, begin: int, end: int) -> int:
         """Call back on accesses that do not go through at [begin, end]; a handle."""
@@ -390,13 +407,34 @@ class Unicorn:
             self.q[5400 // 8],
             self.q[136 // 8] & 0x202,
             self.d[172 // 4],
-            self.flags() & 0xCD5,
+            self.computed_flags() & 0xCD5,
         )
         if found != (0x1234_5000, 0x5EED_1234, 0x002, 0xFFFF_FFFF, 0xCD5):
             raise ConfigError("this build of Unicorn keeps its CPU's state in an unknown way")
         self._write(_REG_CR3, 0)
         self._write(_REG_DR0, 0)
         self._write(_REG_RFLAGS, 2)
+
+    def _make_native(self, env: int) -> native.Native | None:
+        owner = native.process(self._lib._name)  # noqa: SLF001 - CDLL's own name of its file
+        cpu = self._find_cpu(env)
+        if owner is None or cpu is None:
+            return None
+        try:
+            return native.Native(owner, self._handle or 0, cpu, env)
+        except LookupError:
+            return None
+
+    def _find_cpu(self, env: int) -> int | None:
+        """Address of the object the CPU's state is part of: it points to that, and to its owner."""
+        instance = memoryview(_peek(self._handle or 0, _CPU_SEARCH_BYTES))
+        words = instance[: len(instance) // 8 * 8].cast("Q")
+        near = sorted({p for p in words if p % 8 == 0 and 0 < env - p < _ENV_SEARCH_BYTES})
+        for pointer in reversed(near):
+            held = memoryview(_peek(pointer, (env - pointer) // 8 * 8)).cast("Q")
+            if env in held and self._handle in held:
+                return pointer
+        return None
 
     def _prime(self) -> None:
         """Execute a block and its successor: the first block of an instance is never reported."""
@@ -405,8 +443,21 @@ class Unicorn:
         ctypes.memmove(address, b"\xeb\x00\xf4", 3)  # jmp +0; hlt
         with self.preserved():
             self.map(0, PAGE, address)
-            self.start(0)
+            owner = native.process(self._lib._name)  # noqa: SLF001 - CDLL's own name of its file
+            if self.native is None or owner is None or owner.exact:
+                self.start(0)
+            else:
+                self._learn_checks(owner)
             self.unmap(0, PAGE)
+
+    def _learn_checks(self, owner: native.Process) -> None:
+        """Execute the block with a code callback, to see who asks for the look behind that."""
+        nothing = _BARE_CALLBACK(lambda: None)
+        hook = self._hook(HOOK_CODE, nothing, 0, 0)
+        place = owner.record_checks()
+        self.start(0)
+        owner.keep_checks_of(place.value)
+        self.unhook(hook)
 
 
 def _peek(address: int, size_bytes: int) -> bytes:

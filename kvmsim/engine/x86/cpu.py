@@ -58,6 +58,7 @@ class Cpu:
         left: an end of execution in another thread that waits to be acted on: why, and the
             emulator's error number.
         kicked: it is to stop executing in another thread.
+        creeps: so many instructions ahead are to be executed one by one.
         worked: it has executed there since it was handed out.
         bus_locks: bus locks its guest has taken.
         detects_splits: whether split locks stop the guest at this moment (``SplitLockAc``); None:
@@ -89,6 +90,7 @@ class Cpu:
         self.guest_ns = self.stopped_ns = 0
         self.left: tuple[Why, int] | None = None
         self.kicked = self.worked = False
+        self.creeps = 0
         self.bus_locks = 0
         self.detects_splits: Callable[[], bool] | None = None
         self.lbr: LastBranches | None = None

@@ -1,8 +1,8 @@
 """Execution instruction by instruction.
 
 It is needed for a debugger in user space that steps, for breakpoints on data, for the instruction
-at which the guest returns with RF set while there are breakpoints on code, and for alignment checks
-(CR0.AM, EFLAGS.AC, CPL 3).
+at which the guest returns with RF set while there are breakpoints on code, for alignment checks
+(CR0.AM, EFLAGS.AC, CPL 3), and on the way to an instruction the emulator cannot translate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PUSHF = 0x9C
 
 def is_needed(cpu: Cpu) -> bool:
     """Whether a vCPU is to be executed instruction by instruction."""
-    if cpu.steps or cpu.registers.checks_alignment:
+    if cpu.steps or cpu.creeps or cpu.registers.checks_alignment:
         return True
     if not breakpoints.armed(cpu):
         return False
@@ -56,6 +56,9 @@ def step(vm: X86Vm, cpu: Cpu) -> Stop | None:
         cpu.queue(Event(AC))
         return None
     taken = watch.take(cpu)
+    if why is Why.NOTHING and taken is None and vm.unicorn.gave_up():
+        return exits.gave_up(vm, cpu)
+    cpu.creeps = max(0, cpu.creeps - 1)
     if why is Why.INTERRUPT and watch.vector == DB and not registers.d[EXCEPTION_IS_INT]:
         exits.completed(cpu, vm.accesses.hits, stepped=bool(before_flags(before) & r.FLAG_TF))
         return taken

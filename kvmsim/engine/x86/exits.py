@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.base import BusLock, Debug, Hlt, InternalError, Io, SplitLockAc
-from kvmsim.engine.x86 import breakpoints, delivery, instructions, mmio, stepping
+from kvmsim.engine.x86 import (
+    breakpoints,
+    decode,
+    delivery,
+    instructions,
+    mmio,
+    sites,
+    stepping,
+)
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import AC, BP, DB, UD, Event, Fault
 from kvmsim.engine.x86.sites import Kind
@@ -13,6 +21,8 @@ from kvmsim.engine.x86.stepping import EXCEPTION_IS_INT, trap
 from kvmsim.engine.x86.watch import Why
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvmsim.engine.base import Stop
     from kvmsim.engine.x86.cpu import Cpu
     from kvmsim.engine.x86.sites import Site
@@ -21,6 +31,11 @@ if TYPE_CHECKING:
 STI, SYSCALL, SYSENTER, WRMSR = 0xFB, 0x0F05, 0x0F34, 0x0F30
 #: What an exception, or an instruction the engine executes, costs, in bytes of code.
 EXIT_BYTES = 400
+#: More instructions than the emulator translates at a time.
+BLOCK_INSTRUCTIONS = 512
+PAGE = 4096
+#: ``kvm_run.emulation_failure``: suberror and flag (kvm.h).
+EMULATION_FAILED, HAS_INSTRUCTION_BYTES = 1, 1
 
 
 def ended(vm: X86Vm, cpu: Cpu, why: Why, status: int) -> Stop | None:
@@ -33,9 +48,49 @@ def ended(vm: X86Vm, cpu: Cpu, why: Why, status: int) -> Stop | None:
     if why is Why.NOTHING:
         if vm.meter.expired():
             return None
+        if vm.unicorn.gave_up():
+            return gave_up(vm, cpu)
         # HLT is a site and never gets here.
-        return InternalError(suberror=1, data=(status, cpu.registers.linear_rip))
+        return InternalError(suberror=1, data=(0, status, cpu.registers.linear_rip))
     return handle(vm, cpu, why)
+
+
+def gave_up(vm: X86Vm, cpu: Cpu) -> Stop | None:
+    """The emulator cannot translate some instruction ahead; get there one by one.
+
+    LOCK before BTS, BTR or BTC of a register is one (Unicorn issue 2358), and the only one that is
+    known to be no valid instruction.
+    """
+    for ahead, kind in enumerate(_kinds_ahead(vm, cpu)):
+        if kind is Kind.UNDEFINED and ahead:
+            cpu.creeps = ahead
+            return None
+        if kind is Kind.UNDEFINED:
+            cpu.queue(Event(UD))
+            return None
+    if cpu.creeps:
+        cpu.creeps = 0
+        return emulation_failed(vm, cpu)
+    cpu.creeps = BLOCK_INSTRUCTIONS
+    return None
+
+
+def _kinds_ahead(vm: X86Vm, cpu: Cpu) -> Iterator[Kind | None]:
+    """What is of interest in the code ahead, instruction by instruction."""
+    registers = cpu.registers
+    code = vm.watch.read_code(registers.linear_rip, PAGE)
+    at = 0
+    while (found := decode.decode(code, at, registers.mode)) is not None:
+        yield sites.kind_of(found)
+        at += found.length
+
+
+def emulation_failed(vm: X86Vm, cpu: Cpu) -> InternalError:
+    """KVM's report of an instruction it cannot emulate, with its bytes (Linux 6.12 x86.c)."""
+    code = vm.watch.read_code(cpu.registers.linear_rip, decode.MAX_LENGTH)
+    shown = bytes([len(code)]) + code.ljust(decode.MAX_LENGTH, b"\0")
+    words = (int.from_bytes(shown[at : at + 8], "little") for at in (0, 8))
+    return InternalError(suberror=EMULATION_FAILED, data=(HAS_INSTRUCTION_BYTES, *words))
 
 
 def handle(vm: X86Vm, cpu: Cpu, why: Why) -> Stop | None:

@@ -55,9 +55,10 @@ class X86Vm:
         slice_bytes: bytes of code a vCPU executes at most before it stops for no other reason. It
             must be more than any block of the guest's has, or the guest gets nowhere; a page is
             enough.
-        inline_bytes: bytes of code after which :meth:`run` leaves the rest to :meth:`work`; None:
-            it never does.
-        paced: stops say how much guest time passed. Otherwise time passes by itself.
+        inline_bytes: bytes of code after which :meth:`run` leaves the rest to :meth:`work`; 0: at
+            once; None: it never does.
+        paced: stops say how much guest time passed. Otherwise time passes by itself, and a guest
+            executes without an end to its slices unless ``inline_bytes`` makes it count.
         code_bytes: room for translated code; see ``Unicorn``.
 
     Attributes:
@@ -89,7 +90,8 @@ class X86Vm:
         self.live = r.Registers(self.unicorn.env)
         self._current: Cpu | None = None
         self._stale_translations = False
-        self.meter = Meter(self.unicorn)
+        # Without a pace and without an end to what is executed inline, only kicks stop a guest.
+        self.meter = Meter(self.unicorn, counts=paced or bool(inline_bytes))
         self._operands = Operands(self.live, self.memory)
         self.branches = BranchFeed(self)
         self.watch = Watch(self, self._operands)
@@ -230,14 +232,14 @@ class X86Vm:
         inline = given if self.inline_bytes is None else min(given, self.inline_bytes)
         self.meter.start(inline)
         try:
-            stop = self._until_stop(cpu)
+            stop = self._until_stop(cpu, may_execute=inline > 0)
         finally:
             cpu.guest_ns += self.meter.used() // BYTES_PER_NS
         if stop is not None:
             return stop
         return InKernel() if inline == given else self._hand_out(cpu)
 
-    def _until_stop(self, cpu: Cpu) -> Stop | None:
+    def _until_stop(self, cpu: Cpu, *, may_execute: bool) -> Stop | None:
         """The next stop; None: the allowance is used up before."""
         while True:
             if cpu.stops:
@@ -245,7 +247,7 @@ class X86Vm:
             if cpu.left is not None:
                 (why, status), cpu.left = cpu.left, None
                 stop = exits.ended(self, cpu, why, status)
-            elif self.meter.expired():
+            elif self.meter.expired() or not may_execute:
                 return None
             else:
                 stop = self._deliver(cpu) or self._step(cpu)
