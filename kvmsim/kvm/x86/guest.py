@@ -151,5 +151,14 @@ class NotEntered:
         """See ``X86Guest``."""
         self._enter().deliver_events()
 
+    def set_interrupt(
+        self, vector: int | None, threshold: int, acknowledge: Callable[[], int | None]
+    ) -> None:
+        """See ``X86Guest``."""
+        self._enter().set_interrupt(vector, threshold, acknowledge)
+
+    def forget(self) -> None:
+        """See ``X86Guest``: there is nothing yet."""
+
     def _enter(self) -> X86Guest:
         return self._guests.emulated(self._vcpu.vm).enter(self._vcpu)
