@@ -84,21 +84,23 @@ FEATURES: Final[Mapping[str, tuple[int, str, int]]] = {
     "lfence_rdtsc": (0x80000021, "eax", 2),
 }
 
-#: What every 64-bit server processor of this century's second decade has.
+#: What every 64-bit server processor of this century's second decade has, as far as guests here
+#: execute it: no instruction with a VEX prefix (AVX, FMA, F16C, BMI), no SHA, INVPCID or RDPID, and
+#: neither process-context identifiers nor UMIP. XSAVE keeps the registers of AVX all the same.
 COMMON_FEATURES: Final = (
     *("fpu", "vme", "de", "pse", "tsc", "msr", "pae", "mce", "cx8", "apic", "sep", "mtrr"),
     *("pge", "mca", "cmov", "pat", "pse36", "clflush", "mmx", "fxsr", "sse", "sse2"),
-    *("pni", "pclmulqdq", "ssse3", "fma", "cx16", "pcid", "sse4_1", "sse4_2", "x2apic"),
-    *("movbe", "popcnt", "tsc_deadline_timer", "aes", "xsave", "avx", "f16c", "rdrand"),
-    *("hypervisor", "fsgsbase", "tsc_adjust", "bmi1", "avx2", "smep", "bmi2", "erms"),
-    *("invpcid", "rdseed", "adx", "smap", "clflushopt", "clwb", "sha_ni", "umip", "rdpid"),
+    *("pni", "pclmulqdq", "ssse3", "cx16", "sse4_1", "sse4_2", "x2apic"),
+    *("movbe", "popcnt", "tsc_deadline_timer", "aes", "xsave", "rdrand"),
+    *("hypervisor", "fsgsbase", "tsc_adjust", "smep", "erms"),
+    *("rdseed", "adx", "smap", "clflushopt", "clwb"),
     *("fsrm", "arch_capabilities", "lahf_lm", "abm", "3dnowprefetch", "syscall", "nx"),
     *("pdpe1gb", "rdtscp", "lm", "constant_tsc"),
 )
 VENDOR_FEATURES: Final[Mapping[str, tuple[str, ...]]] = {
     "amd": (
         *("cmp_legacy", "cr8_legacy", "sse4a", "misalignsse", "topoext", "mmxext", "fxsr_opt"),
-        *("clzero", "xsaveerptr", "wbnoinvd", "null_sel_clr_base", "lfence_rdtsc"),
+        *("wbnoinvd", "null_sel_clr_base", "lfence_rdtsc"),
     ),
     "intel": ("ss",),
 }

@@ -1,8 +1,8 @@
-"""CPUID: what a guest can have, and what the VMM gives it.
+"""CPUID: what a guest can have, and what the VMM gives it. ``cpuid_guest`` executes it.
 
 A machine shows the features of a plain server processor of its vendor (``kvmsim.abi.cpuid``), its
 preset's identity, and what the preset says about SEV and bus locks. There is no nested
-virtualisation and no vector state beyond AVX.
+virtualisation. Registers of AVX are kept, but guests have none of its instructions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from errno import E2BIG, EINVAL
 from typing import TYPE_CHECKING
 
 from kvmsim.abi import cpuid as abi
-from kvmsim.abi.ioctls import KVM_GET_CPUID2, KVM_SET_CPUID, KVM_SET_CPUID2
+from kvmsim.abi.ioctls import KVM_SET_CPUID, KVM_SET_CPUID2
 from kvmsim.abi.structs import (
     KVM_CPUID2,
     KVM_CPUID_ENTRY,
@@ -40,6 +40,8 @@ SEV_EAX_SEV_ES = 1 << 3
 SEV_EAX_SEV_SNP = 1 << 4
 #: Widths a guest can have; 0: it does not say.
 LINEAR_BITS = frozenset({0, 48, 57})
+AVX_BYTES = 256
+"""Of AVX state in an XSAVE area: the upper halves of 16 registers."""
 _ENTRY_BYTES = KVM_CPUID_ENTRY2.size_bytes
 _HEADER_BYTES = KVM_CPUID2.size_bytes
 
@@ -165,11 +167,11 @@ def supported_xcr0(machine: Machine) -> int:
 
 
 def _xsave_leaves(machine: Machine) -> Iterator[Entry]:
-    """Leaf 0xD: 512 bytes of legacy area, 64 of header, 256 of AVX."""
+    """Leaf 0xD: 512 bytes of legacy area, 64 of header, then AVX."""
     xcr0 = supported_xcr0(machine)
     yield Entry(0xD, 0, SIGNIFICANT_INDEX, eax=xcr0, ebx=832, ecx=832)
     yield Entry(0xD, 1, SIGNIFICANT_INDEX)
-    yield Entry(0xD, 2, SIGNIFICANT_INDEX, eax=256, ebx=576)
+    yield Entry(0xD, 2, SIGNIFICANT_INDEX, eax=AVX_BYTES, ebx=576)
 
 
 def _brand_leaves(model_name: str) -> Iterator[Entry]:
@@ -318,17 +320,29 @@ def set_table(vcpu: Vcpu, table: bytes) -> None:
     if not vcpu.has_run:
         vcpu.cpuid = table
         vcpu.cpuid_changed()
-    elif table != vcpu.cpuid:
+    elif _lasting(table) != _lasting(vcpu.cpuid):
         raise KvmError(EINVAL, "CPUID is fixed once the vCPU has run")
 
 
-@handles(VcpuFile, KVM_GET_CPUID2)
-def get_cpuid2(vcpu: Vcpu, call: Call) -> int:
-    """Copy the table out; E2BIG leaves ``nent`` alone."""
-    nent = KVM_CPUID2.get(call.read(_HEADER_BYTES), "nent")
-    present = len(vcpu.cpuid) // _ENTRY_BYTES
-    if nent < present:
-        raise KvmError(E2BIG, f"{present} CPUID entries")
-    call.write(vcpu.cpuid, _HEADER_BYTES)
-    call.write(KVM_CPUID2.pack(nent=present))
-    return 0
+#: Leaf, index and register -> bits that follow registers of the guest, whatever the table says.
+FOLLOWING = {
+    (1, 0): ("ecx", 1 << 27),  # OSXSAVE
+    (0xD, 0): ("ebx", 0xFFFF_FFFF),
+    (0xD, 1): ("ebx", 0xFFFF_FFFF),
+}
+
+
+def _lasting(table: bytes) -> bytes:
+    """A table without what changes at run time."""
+    data = bytearray(table)
+    for at in range(0, len(table), _ENTRY_BYTES):
+        entry = data[at : at + _ENTRY_BYTES]
+        get = KVM_CPUID_ENTRY2.get
+        key = (get(entry, "function"), get(entry, "index"))
+        if key in FOLLOWING:
+            name, mask = FOLLOWING[key]
+            KVM_CPUID_ENTRY2.put(entry, name, get(entry, name) & ~mask)
+        if key == (1, 0):
+            KVM_CPUID_ENTRY2.put(entry, "edx", get(entry, "edx") & ~(1 << 9))  # APIC
+        data[at : at + _ENTRY_BYTES] = entry
+    return bytes(data)

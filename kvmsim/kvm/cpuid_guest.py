@@ -1,37 +1,39 @@
 """CPUID as the guest executes it: the table user space set, and what KVM changes in it as it runs.
 
 Leaves outside the table: Intel answers with the highest basic leaf, AMD with zeros. Some bits
-follow registers: OSXSAVE and OSPKE follow CR4, APIC the APIC base, MWAIT IA32_MISC_ENABLE where
+follow registers: OSXSAVE follows CR4, APIC the APIC base, MWAIT IA32_MISC_ENABLE where
 that quirk is off, the sizes of leaf 0xD XCR0 and IA32_XSS. User space reads them back as they are.
 Linux 6.12 cpuid.c ``kvm_cpuid``, ``__kvm_update_cpuid_runtime``.
 """
 
 from __future__ import annotations
 
+from errno import E2BIG
 from struct import Struct
 from typing import TYPE_CHECKING
 
 from kvmsim.abi import msrs as abi
-from kvmsim.abi.regs import CR4_PKE
+from kvmsim.abi.ioctls import KVM_GET_CPUID2
+from kvmsim.abi.regs import CR4_OSXSAVE
+from kvmsim.abi.structs import KVM_CPUID2
 from kvmsim.abi.structs import KVM_CPUID_FLAG_SIGNIFCANT_INDEX as SIGNIFICANT_INDEX
-from kvmsim.kvm import capabilities, fpu, msr_rules, sregs
-from kvmsim.kvm.dispatch import state_of
+from kvmsim.errors import KvmError
+from kvmsim.kvm import capabilities, cpuid, fpu, msr_rules, sregs
+from kvmsim.kvm.dispatch import VcpuFile, handles, state_of
 
 if TYPE_CHECKING:
+    from kvmsim.kvm.dispatch import Call
     from kvmsim.kvm.vcpu import Vcpu
 
     Words = tuple[int, int, int, int]
 
 _ENTRY = Struct("<7I12x")
 _AMD = tuple(int.from_bytes(word, "little") for word in (b"Auth", b"cAMD", b"enti"))
-_OSXSAVE, _APIC, _MWAIT, _OSPKE = 1 << 27, 1 << 9, 1 << 3, 1 << 4
-_CR4_OSXSAVE = 1 << 18
+_OSXSAVE, _APIC, _MWAIT = 1 << 27, 1 << 9, 1 << 3
 _APIC_ENABLE = 1 << 11
 _MISC_ENABLE_MWAIT = 1 << 18
 _QUIRK_MISC_ENABLE_NO_MWAIT = 1 << 4
 _XSAVES, _XSAVEC = 1 << 3, 1 << 1
-#: Legacy area and header of an XSAVE area; components behind them as in leaf 0xD.
-_XSAVE_BYTES = 576
 
 
 class Leaves:
@@ -108,19 +110,16 @@ def updated(vcpu: Vcpu, function: int, index: int, words: Words) -> Words:
     """An entry with what follows registers."""
     a, b, c, d = words
     if function == 1:
-        on = sregs.of(vcpu).get("cr4") & _CR4_OSXSAVE
-        c = c & ~_OSXSAVE | (_OSXSAVE if on and c & 1 << 26 else 0)
+        on = sregs.of(vcpu).get("cr4") & CR4_OSXSAVE
+        c = c & ~_OSXSAVE | (_OSXSAVE if on else 0)
         if _mwait_follows(vcpu):
             mwait = msr_rules.value_of(vcpu, abi.IA32_MISC_ENABLE) & _MISC_ENABLE_MWAIT
             c = c & ~_MWAIT | (_MWAIT if mwait else 0)
         d = d & ~_APIC | (_APIC if vcpu.apic_base & _APIC_ENABLE else 0)
-    elif function == 7 and index == 0 and c & 1 << 3:
-        c = c & ~_OSPKE | (_OSPKE if sregs.of(vcpu).get("cr4") & CR4_PKE else 0)
     elif function == 0xD and index == 0:
-        b = _area_bytes(leaves(vcpu), fpu.of(vcpu).xcr0)
+        b = _area_bytes(fpu.of(vcpu).xcr0)
     elif function == 0xD and index == 1 and a & (_XSAVES | _XSAVEC):
-        both = fpu.of(vcpu).xcr0 | msr_rules.stored(vcpu, abi.IA32_XSS)
-        b = _compacted_bytes(leaves(vcpu), both)
+        b = _area_bytes(fpu.of(vcpu).xcr0 | msr_rules.stored(vcpu, abi.IA32_XSS))
     return a, b, c, d
 
 
@@ -128,23 +127,9 @@ def _mwait_follows(vcpu: Vcpu) -> bool:
     return bool(capabilities.of(vcpu.vm).disabled_quirks & _QUIRK_MISC_ENABLE_NO_MWAIT)
 
 
-def _area_bytes(table: Leaves, components: int) -> int:
-    """Bytes of an XSAVE area in the standard format."""
-    end = _XSAVE_BYTES
-    for number in range(2, 63):
-        part = table.find(0xD, number) if components >> number & 1 else None
-        if part is not None:
-            end = max(end, part[0] + part[1])
-    return end
-
-
-def _compacted_bytes(table: Leaves, components: int) -> int:
-    end = _XSAVE_BYTES
-    for number in range(2, 63):
-        part = table.find(0xD, number) if components >> number & 1 else None
-        if part is not None:
-            end += part[0]
-    return end
+def _area_bytes(components: int) -> int:
+    """Bytes of an XSAVE area, in either format: AVX is the only component behind the header."""
+    return fpu.EXTENDED + (cpuid.AVX_BYTES if components & fpu.XCR0_AVX else 0)
 
 
 def table_now(vcpu: Vcpu, table: bytes) -> bytes:
@@ -152,7 +137,19 @@ def table_now(vcpu: Vcpu, table: bytes) -> bytes:
     out = bytearray(table)
     for at in range(0, len(table), _ENTRY.size):
         function, index, flags, a, b, c, d = _ENTRY.unpack_from(table, at)
-        if function in {1, 7, 0xD}:
+        if function in {1, 0xD}:
             words = updated(vcpu, function, index, (a, b, c, d))
             _ENTRY.pack_into(out, at, function, index, flags, *words)
     return bytes(out)
+
+
+@handles(VcpuFile, KVM_GET_CPUID2)
+def get_cpuid2(vcpu: Vcpu, call: Call) -> int:
+    """Copy the table out as it is for the guest now; E2BIG leaves ``nent`` alone."""
+    nent = KVM_CPUID2.get(call.read(KVM_CPUID2.size_bytes), "nent")
+    present = len(vcpu.cpuid) // _ENTRY.size
+    if nent < present:
+        raise KvmError(E2BIG, f"{present} CPUID entries")
+    call.write(table_now(vcpu, vcpu.cpuid), KVM_CPUID2.size_bytes)
+    call.write(KVM_CPUID2.pack(nent=present))
+    return 0
