@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,7 @@ async def supervise(
     _allow_many_descriptors()
     stall_ns = emulated.system.machine.bus_lock_stall_ns
     loop = RunLoop(Timeline(emulated.limiter, bus_lock_stall_ns=stall_ns))
+    emulated.system.epoch_ns = time.time_ns() - loop.now_ns()
     listener = Listener(launched.listener)
     try:
         supervisor = Supervisor(
