@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 MAX_LENGTH = 15
+REPNE = 0xF2
+SMSW = 4  # in the reg field of 0F 01
 
 #: Registers a memory operand may have besides the 16 general ones.
 NONE = -1
@@ -194,8 +196,6 @@ def _decode(reader: _Reader, mode: int) -> Instruction | None:
         modrm = reader.take(1)
         if opcode in {0xC4, 0xC5, 0x62} and (mode == 64 or modrm >= 0xC0):
             return None
-        if opcode == 0x8F and modrm & 0x38:
-            return None  # XOP of AMD's Bulldozer family
         if modrm < 0xC0 and not 0x0F20 <= opcode <= 0x0F23:
             operand = _operand(reader, modrm, prefixes, wide_address, mode)
     immediate = _immediate(reader, opcode, modrm, prefixes, bits, wide_address, mode)
@@ -371,7 +371,7 @@ SENSITIVE = frozenset(
         *(0x6C, 0x6D, 0x6E, 0x6F),  # INS, OUTS
         *(0xE4, 0xE5, 0xE6, 0xE7, 0xEC, 0xED, 0xEE, 0xEF),  # IN, OUT
         *(0xF1, 0xF4),  # INT1, HLT
-        *(0x0F05, 0x0F34),  # SYSCALL, SYSENTER
+        *(0x0F05, 0x0F07, 0x0F34),  # SYSCALL, SYSRET, SYSENTER
         *(0x0F08, 0x0F09),  # INVD, WBINVD
         *(0x0F20, 0x0F21, 0x0F22, 0x0F23),  # MOV of control and debug registers
         *(0x0F30, 0x0F31, 0x0F32, 0x0F33),  # WRMSR, RDTSC, RDMSR, RDPMC
@@ -382,11 +382,14 @@ SENSITIVE = frozenset(
 SENSITIVE_0F01 = frozenset({0xC1, 0xC8, 0xC9, 0xD0, 0xD1, 0xD9, 0xF9})
 
 #: Code without any of these bytes holds no instruction the engine must know (POPF, IRET and STI
-#: among them).
+#: among them, and forms that do not exist).
 INTERESTING = re.compile(
     rb"[\xf0\x86\x87\x6c-\x6f\xe4-\xe7\xec-\xef\xf1\xf4\x9d\xcf\xfb]|"
-    rb"\x0f[\x01\x05\x08\x09\x20-\x23\x30-\x34\xa2]"
+    rb"\x0f[\x00\x01\x05\x07-\x09\x20-\x23\x30-\x34\xa2]|"
+    rb"[\x8f\xc6\xc7][\x08-\x3f\x48-\x7f\x88-\xbf\xc8-\xff]|"
+    rb"\x0f\x38[\xf0\xf1][\xc0-\xff]"
 )
+_CONTROL_REGISTERS = frozenset({0, 2, 3, 4, 8})
 
 
 def is_locked_access(found: Instruction) -> bool:
@@ -406,6 +409,25 @@ def is_lockable(found: Instruction) -> bool:
     if group is not None:
         return (found.modrm >> 3 & 7) in group
     return found.opcode in _LOCKABLE
+
+
+def is_undefined(found: Instruction) -> bool:
+    """Whether it is a form that does not exist, which the emulator below executes nevertheless."""
+    opcode = found.opcode
+    if opcode in {0xC6, 0xC7, 0x8F}:
+        return bool(found.modrm & 0x38)
+    if opcode in {0x0F20, 0x0F22}:
+        return found.reg not in _CONTROL_REGISTERS
+    # MOVBE between registers; with 0xF2 it is CRC32.
+    return opcode in {0x0F38F0, 0x0F38F1} and found.operand is None and found.repeat != REPNE
+
+
+def shows_system_state(found: Instruction) -> bool:
+    """Whether it is SLDT, STR, SGDT, SIDT or SMSW, which CR4.UMIP keeps to ring 0."""
+    reg = found.modrm >> 3 & 7
+    if found.opcode == 0x0F00:
+        return reg in {0, 1}
+    return found.opcode == 0x0F01 and (reg == SMSW or (reg in {0, 1} and found.operand is not None))
 
 
 def locked_bytes(found: Instruction) -> int:

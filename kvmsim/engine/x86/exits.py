@@ -9,13 +9,14 @@ from kvmsim.engine.x86 import (
     breakpoints,
     decode,
     delivery,
+    faults,
     instructions,
     mmio,
     sites,
     stepping,
 )
 from kvmsim.engine.x86 import registers as r
-from kvmsim.engine.x86.delivery import AC, BP, DB, UD, Event, Fault
+from kvmsim.engine.x86.delivery import AC, BP, DB, GP, PF, UD, Event, Fault
 from kvmsim.engine.x86.sites import Kind
 from kvmsim.engine.x86.stepping import EXCEPTION_IS_INT, trap
 from kvmsim.engine.x86.watch import Why
@@ -127,6 +128,8 @@ def _at_site(vm: X86Vm, cpu: Cpu) -> Stop | None:
     assert site.found is not None
     if site.kind is Kind.UNDEFINED:
         cpu.queue(Event(UD))
+    elif site.kind in {Kind.MAPPING, Kind.SYSTEM_STATE}:
+        cpu.queue(Event(GP))
     elif site.kind is Kind.LOCK:
         if not vm.policy.split_lock_ac:
             return SplitLockAc(cpl=cpu.registers.cpl)
@@ -198,6 +201,10 @@ def _interrupted(vm: X86Vm, cpu: Cpu) -> Stop | None:
         return None
     code = registers.error_code if vector in delivery.WITH_CODE and not software else 0
     length = _int_length(vm, cpu, vector) if software else 0
+    if vector in {GP, PF} and not software:
+        here = vm.watch.read_code(registers.linear_rip, decode.MAX_LENGTH)
+        found = decode.decode(here, 0, registers.mode)
+        vector, code = faults.corrected(cpu, vector, code, found)
     if vector == BP and length == 1 and cpu.debugger is not None and cpu.debugger.int3:
         registers.rip -= length
         return Debug(exception=BP, pc=registers.linear_rip)

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 CR4_TSD, CR4_DE, CR4_PCE, CR4_OSXSAVE = 1 << 2, 1 << 3, 1 << 8, 1 << 18
 EFER_SCE = 1
+SYSRET_FLAGS = 0x3C_7FD7
+#: "Auth", the beginning of AMD's name in leaf 0.
+AMD_EBX = 0x6874_7541
+IA32_MISC_FEATURES_ENABLES = 0x140
 XCR0_KNOWN = 0x7
 #: IA32_APIC_BASE, IA32_TSC_DEADLINE and the x2APIC's registers.
 _LOCAL_APIC = frozenset({0x1B, 0x6E0, *range(0x800, 0x900)})
@@ -174,10 +178,17 @@ def _int1(cpu: Cpu, found: Instruction) -> Stop | None:
 
 def _cpuid(cpu: Cpu, found: Instruction) -> None:
     q = cpu.registers.q
+    if cpu.registers.cpl and _cpuid_faults(cpu):
+        raise Fault(GP)
     answer = cpu.policy.cpuid(cpu, q[r.RAX] & r.U32, q[r.RCX] & r.U32)
     for number, value in zip((r.RAX, r.RBX, r.RCX, r.RDX), answer, strict=True):
         q[number] = value & r.U32
     cpu.registers.advance(found.length)
+
+
+def _cpuid_faults(cpu: Cpu) -> bool:
+    value = cpu.policy.rdmsr(cpu, IA32_MISC_FEATURES_ENABLES)
+    return isinstance(value, int) and bool(value & 1)
 
 
 def _wide(cpu: Cpu, value: int) -> None:
@@ -332,11 +343,13 @@ def _mov_cr8(cpu: Cpu, found: Instruction) -> Stop | None:
 
 
 def _syscall(cpu: Cpu, found: Instruction) -> None:
-    """SYSCALL in long mode; elsewhere Intel's processors have none."""
+    """SYSCALL in long mode; in its 32-bit code Intel's processors have none, nor elsewhere."""
     registers = cpu.registers
+    wide = registers.mode == 64
     if not registers.efer & EFER_SCE or not registers.long_mode:
         raise Fault(UD)
-    wide = registers.mode == 64
+    if not wide and cpu.policy.cpuid(cpu, 0, 0)[1] != AMD_EBX:
+        raise Fault(UD)
     star = registers.msr(0xC0000081) or 0
     flags = registers.flags
     registers.advance(found.length)
@@ -347,6 +360,27 @@ def _syscall(cpu: Cpu, found: Instruction) -> None:
     selector = star >> 32 & 0xFFFC
     registers.set_segment(r.CS, r.Segment(selector, 0, r.U32, _FLAT_CODE | r.RIGHTS_L))
     registers.set_segment(r.SS, r.Segment(selector + 8, 0, r.U32, _FLAT_DATA))
+
+
+def _sysret(cpu: Cpu, found: Instruction) -> None:
+    """SYSRET, out of 64-bit code only."""
+    registers = cpu.registers
+    if not registers.efer & EFER_SCE or registers.mode != 64:
+        raise Fault(UD)
+    _require_ring_0(cpu)
+    wide, target = found.bits == 64, registers.q[r.RCX]
+    if wide and target >> 47 not in {0, (1 << 17) - 1}:
+        raise Fault(GP)
+    base = (registers.msr(0xC0000081) or 0) >> 48
+    user = 3 << 13
+    code = _FLAT_CODE | user | (r.RIGHTS_L if wide else r.RIGHTS_DB)
+    selector = (base + 16 if wide else base) | 3
+    registers.set_segment(r.CS, r.Segment(selector & 0xFFFF, 0, r.U32, code))
+    stack = r.Segment((base + 8 | 3) & 0xFFFF, 0, r.U32, _FLAT_DATA | user)
+    registers.set_segment(r.SS, stack)
+    registers.flags = registers.q[11] & SYSRET_FLAGS | 2
+    registers.rip = target if wide else target & r.U32
+    registers.shadow = False
 
 
 def _sysenter(cpu: Cpu, found: Instruction) -> None:
@@ -372,6 +406,7 @@ _TABLE: dict[int, Callable[[Cpu, Instruction], Stop | None]] = {
     0xF1: _int1,
     0xF4: _hlt,
     0x0F05: _syscall,
+    0x0F07: _sysret,
     0x0F34: _sysenter,
     0x0F08: _nothing_in_ring_0,
     0x0F09: _nothing_in_ring_0,

@@ -33,6 +33,7 @@ class Kind(Enum):
     UNDEFINED = auto()  # raises #UD
     WINDOW = auto()  # may let interrupts in
     MAPPING = auto()  # changes address translation
+    SYSTEM_STATE = auto()  # shows it, unless CR4.UMIP forbids that
     NEXT = auto()  # nothing: a bus lock may just have been taken before it
 
 
@@ -79,31 +80,36 @@ class Site:
 
 def kind_of(found: d.Instruction) -> Kind | None:
     """Why an instruction is of interest; None: it is not."""
-    if found.locked and not d.is_lockable(found):
+    if d.is_undefined(found) or (found.locked and not d.is_lockable(found)):
         return Kind.UNDEFINED
     if d.is_locked_access(found):
         return Kind.LOCK
-    opcode = found.opcode
-    if opcode in {0x0F20, 0x0F22} and found.reg != CR8:
-        return Kind.MAPPING if opcode == 0x0F22 else None
-    if d.is_sensitive(found):
+    control = found.opcode in {0x0F20, 0x0F22} and found.reg != CR8
+    if d.is_sensitive(found) and not control:
         return Kind.SENSITIVE
-    invlpg = opcode == 0x0F01 and found.operand is not None and found.modrm >> 3 & 7 == 7
-    if invlpg:
+    if d.shows_system_state(found):
+        return Kind.SYSTEM_STATE
+    if (control and found.opcode == 0x0F22) or _is_invlpg(found):
         return Kind.MAPPING
-    return Kind.WINDOW if opcode in RESTORE_FLAGS else None
+    return Kind.WINDOW if found.opcode in RESTORE_FLAGS else None
 
 
-def sites_in(code: bytes, address: int, mode: int) -> Iterator[Site]:
+def _is_invlpg(found: d.Instruction) -> bool:
+    return found.opcode == 0x0F01 and found.operand is not None and found.modrm >> 3 & 7 == 7
+
+
+def sites_in(code: bytes, address: int, mode: int, size: int | None = None) -> Iterator[Site]:
     """The sites of a block of code.
 
     Args:
-        code: its bytes.
+        code: its bytes, and what follows: the emulator does not read an instruction to its end
+            when it knows before that it will fault.
         address: its linear address.
         mode: 16, 32 or 64.
+        size: of the block, if ``code`` is more.
     """
     at = 0
-    while at < len(code):
+    while at < (len(code) if size is None else size):
         found = d.decode(code, at, mode)
         if found is None:
             return

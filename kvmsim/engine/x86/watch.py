@@ -22,10 +22,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.base import BusLock
-from kvmsim.engine.x86 import breakpoints, paging, sites
+from kvmsim.engine.x86 import breakpoints, control, paging, sites
 from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86.memory import NoMemory
-from kvmsim.engine.x86.registers import FLAG_RF, FLAG_TF
+from kvmsim.engine.x86.registers import FLAG_RF, FLAG_TF, U32, U64
 from kvmsim.engine.x86.sites import Kind, Site
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from kvmsim.engine.x86.vm import X86Vm
 
 PAGE = 4096
+CR4_UMIP = 1 << 11
+ENGINES = (Kind.SENSITIVE, Kind.UNDEFINED)
 
 
 class Why(Enum):
@@ -180,11 +182,22 @@ class Watch:
         kind = site.kind
         if kind is Kind.LOCK:
             self._look_at_lock(site)
-        elif kind is Kind.MAPPING:
-            self._operands.forget()
-        elif kind is Kind.SENSITIVE or kind is Kind.UNDEFINED or self._window_asked(site):
+        elif kind in ENGINES or self._refused(site) or self._window_asked(site):
             self.site = site
             self._stop(Why.SITE)
+
+    def _refused(self, site: Site) -> bool:
+        """Whether an instruction the emulator would execute is #GP."""
+        live, found = self._live, site.found
+        if site.kind is Kind.SYSTEM_STATE:
+            return bool(live.cr4 & CR4_UMIP and live.cpl)
+        if site.kind is not Kind.MAPPING:
+            return False
+        self._operands.forget()
+        if found is None or found.operand is not None or live.cpl:
+            return False
+        value = self._q[found.rm] & (U64 if live.mode == 64 else U32)
+        return control.refuses(live, found.reg, value)
 
     def _window_asked(self, site: Site) -> bool:
         cpu = self._cpu
@@ -256,7 +269,9 @@ class Watch:
         met = any(at in self._sites for at in range(address, address + size))
         if not met and not d.INTERESTING.search(code):
             return
-        found = {site.address: site for site in sites.sites_in(code, address, self._live.mode)}
+        code = self.read_code(address, size + d.MAX_LENGTH)
+        made = sites.sites_in(code, address, self._live.mode, size)
+        found = {site.address: site for site in made}
         for at in range(address, address + size):
             known = self._sites.get(at)
             if known is None or (known.kind is Kind.NEXT and at not in found):

@@ -1,0 +1,85 @@
+"""Faults the emulator reports otherwise than a processor does, put right.
+
+It reads before it writes, so that a page fault of an instruction that does both says "read"; and
+it raises #GP where the stack segment's #SS is due for addresses that are not canonical.
+
+Source: Intel SDM volume 3, 4.7 and 6.15.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmsim.engine.x86 import decode as d
+from kvmsim.engine.x86 import registers as r
+from kvmsim.engine.x86.delivery import GP, PF, SS
+from kvmsim.engine.x86.paging import PF_WRITE
+
+if TYPE_CHECKING:
+    from kvmsim.engine.x86.cpu import Cpu
+
+#: PUSH, POP, PUSHA, POPA, PUSHF, POPF, CALL, RET, ENTER, LEAVE, RETF, IRET.
+_IMPLICIT_STACK = frozenset(
+    (*range(0x50, 0x62), 0x68, 0x6A, 0x8F, 0x9C, 0x9D, 0xC2, 0xC3, 0xC8, 0xC9, 0xCA, 0xCB, 0xCF),
+) | {0x06, 0x07, 0x0E, 0x16, 0x17, 0x1E, 0x1F, 0xE8, 0x0FA0, 0x0FA1, 0x0FA8, 0x0FA9}
+_BOTH = frozenset(
+    (
+        *(base + low for base in range(0, 0x38, 8) for low in (0, 1)),
+        *(0x86, 0x87, 0xC0, 0xC1, 0xD0, 0xD1, 0xD2, 0xD3),
+        *(0x0FAB, 0x0FB3, 0x0FBB, 0x0FB0, 0x0FB1, 0x0FC0, 0x0FC1),
+        *(0x0FA4, 0x0FA5, 0x0FAC, 0x0FAD),
+    )
+)
+_BOTH_IN_GROUP = {
+    **dict.fromkeys((0x80, 0x81, 0x82, 0x83), frozenset(range(7))),
+    **dict.fromkeys((0xF6, 0xF7), frozenset({2, 3})),
+    **dict.fromkeys((0xFE, 0xFF), frozenset({0, 1})),
+    0x0FBA: frozenset({5, 6, 7}),
+    0x0FC7: frozenset({1}),
+}
+
+
+def corrected(cpu: Cpu, vector: int, code: int, found: d.Instruction | None) -> tuple[int, int]:
+    """The vector and error code a processor would have given.
+
+    Args:
+        cpu: whose fault.
+        vector: the emulator's.
+        code: its error code.
+        found: the instruction at RIP; None: it cannot be read.
+    """
+    if found is None:
+        return vector, code
+    if vector == PF and not code & PF_WRITE and reads_and_writes(found):
+        return vector, code | PF_WRITE
+    if vector == GP and not code and cpu.registers.mode == 64 and _lost_its_stack(cpu, found):
+        return SS, 0
+    return vector, code
+
+
+def reads_and_writes(found: d.Instruction) -> bool:
+    """Whether it changes a memory operand in place: its page must be writable to begin with."""
+    if found.operand is None:
+        return False
+    group = _BOTH_IN_GROUP.get(found.opcode)
+    if group is not None:
+        return (found.modrm >> 3 & 7) in group
+    return found.opcode in _BOTH
+
+
+def _lost_its_stack(cpu: Cpu, found: d.Instruction) -> bool:
+    """Whether a stack access of 64-bit code is not canonical."""
+    q, operand = cpu.registers.q, found.operand
+    if operand is not None and operand.segment == d.SS and operand.base in {r.RSP, r.RBP}:
+        index = 0 if operand.index == d.NONE else q[operand.index] * operand.scale
+        if not _canonical(q[operand.base] + index + operand.disp):
+            return True
+    indirect = found.opcode == 0xFF and found.modrm >> 3 & 7 in {2, 3, 6}
+    if found.opcode not in _IMPLICIT_STACK and not indirect:
+        return False
+    pointer = r.RBP if found.opcode == 0xC9 else r.RSP
+    return not (_canonical(q[pointer]) and _canonical(q[pointer] - 8))
+
+
+def _canonical(address: int) -> bool:
+    return (address & r.U64) >> 47 in {0, (1 << 17) - 1}

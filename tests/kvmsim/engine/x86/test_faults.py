@@ -1,0 +1,73 @@
+"""Faults as a processor reports them, where the emulator does otherwise."""
+
+import pytest
+
+from kvmsim.engine.base import Hlt
+from kvmsim.engine.x86 import registers as r
+
+CODE, HANDLER, STACK = 0x1000, 0x2000, 0x6000
+HLT = "f4"
+HOLE = 0x180000
+BAD = 0x1234_5678_9ABC_0000
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("ff 07", 2),  # inc dword [rdi]
+        ("01 07", 2),  # add [rdi], eax
+        ("87 07", 2),  # xchg
+        ("0f b1 0f", 2),  # cmpxchg
+        ("f7 17", 2),  # not
+        ("03 07", 0),  # add eax, [rdi]
+        ("39 07", 0),  # cmp [rdi], eax
+        ("f7 27", 0),  # mul
+        ("8b 07", 0),
+        ("89 07", 2),
+    ],
+)
+def test_a_page_fault_of_an_instruction_that_writes_says_so(guest, code, error):
+    guest.long(code, HLT).gate(14, HANDLER)
+    guest.map_page(HOLE, 0, 0)
+    guest.put(HANDLER, HLT)
+    guest.q[r.RDI] = HOLE
+    assert isinstance(guest.run(), Hlt)
+    assert guest.word(guest.q[r.RSP], 8) == error
+    assert guest.r.cr2 == HOLE
+
+
+@pytest.mark.parametrize(
+    ("code", "vector"),
+    [
+        ("50", 12),  # push rax
+        ("58", 12),  # pop rax
+        ("c3", 12),
+        ("8b 04 24", 12),  # mov eax, [rsp]
+        ("8b 45 00", 12),  # mov eax, [rbp]
+        ("8b 07", 13),  # mov eax, [rdi]
+        ("65 8b 45 00", 13),  # mov eax, gs:[rbp]
+    ],
+)
+def test_a_stack_that_is_not_canonical_is_a_stack_fault(guest, code, vector):
+    guest.long(code, HLT).gate(12, HANDLER, ist=1).gate(13, 0x2100, ist=1)
+    guest.put(HANDLER, HLT)
+    guest.put(0x2100, HLT)
+    guest.q[r.RSP] = guest.q[r.RBP] = guest.q[r.RDI] = BAD
+    assert isinstance(guest.run(), Hlt)
+    assert guest.r.rip == {12: HANDLER, 13: 0x2100}[vector] + 1
+
+
+@pytest.mark.parametrize("code", ["c6 08 01", "c7 c8 01 00 00 00", "8f c8", "0f 38 f0 c8"])
+def test_forms_that_do_not_exist_are_undefined(guest, code):
+    guest.long(code, HLT).gate(6, HANDLER)
+    guest.put(HANDLER, HLT)
+    assert isinstance(guest.run(), Hlt)
+    assert guest.r.rip == HANDLER + 1
+
+
+def test_crc32_and_movbe_exist(guest):
+    guest.long("f2 0f 38 f1 c8", "0f 38 f0 07", HLT)
+    guest.q[r.RDI] = 0x8000
+    guest.set_word(0x8000, 0x01020304, 4)
+    assert isinstance(guest.run(), Hlt)
+    assert guest.q[r.RAX] == 0x04030201
