@@ -180,6 +180,7 @@ def test_accessed_and_dirty_bits_are_set(guest):
 @pytest.mark.usefixtures("on_hardware")
 def test_from_real_mode_to_long_mode(guest):
     """By the guest's own code: CR4.PAE, EFER.LME, CR0.PG, far jump."""
+    guest.set_cpuid((0x80000001, 0, 0, 0, 0, 0, 1 << 29))  # long mode
     guest.long(HLT)
     guest.set_sregs({"cr0": 0x60000010, "efer": 0, "cr4": 0, **real_segments()})
     guest.put(
