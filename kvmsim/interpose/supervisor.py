@@ -18,6 +18,7 @@ import trio
 from kvmsim.abi.exits import Exit
 from kvmsim.abi.ioctls import (
     KVM_CREATE_VM,
+    KVM_MEMORY_ENCRYPT_OP,
     KVM_RUN,
     KVM_SET_USER_MEMORY_REGION,
     KVM_SET_USER_MEMORY_REGION2,
@@ -61,7 +62,9 @@ _DOUBTS = 5
 _LOW32 = 0xFFFF_FFFF
 
 #: Calls to a VM after which its guest has other memory; no code of it executes meanwhile.
-_CHANGE_MEMORY = frozenset({KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2})
+_CHANGE_MEMORY = frozenset(
+    {KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2, KVM_MEMORY_ENCRYPT_OP}
+)
 
 
 class Supervisor:

@@ -17,6 +17,7 @@ from kvmsim.kvm import (
     sev_inspect,
     sev_launch,
     sev_migrate,
+    sev_private,
     sev_regions,  # noqa: F401 - enters its handlers
     sev_snp,
 )
@@ -94,6 +95,7 @@ def memory_encrypt_op(vm: Vm, cmd: SevCmd, client: Client) -> int:
     command = COMMANDS.get(cmd.id)
     if command is None:
         raise UndispatchedError(EINVAL, f"no command {cmd.id}")
+    sev_private.settle(vm)
     command(vm, cmd, client)
     return 0
 

@@ -20,6 +20,7 @@ from kvmsim.sev.errors import FirmwareError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from mmap import mmap
 
     from kvmsim.abi.layout import Layout
     from kvmsim.kvm.client import Client, Pointer
@@ -63,11 +64,17 @@ class SevInfo:
         snp: the firmware's context of an SNP guest.
         regions: registered ranges, (address, size), as often as they were registered.
         pages_locked: how many pages those pin.
+        private: ranges that were encrypted in place, (first address, first behind it), apart and
+            by address; see ``sev_private``.
+        plain: what the guest sees of them, by first address, while it executes code.
         owner: the VM whose guest a mirror shares.
         mirrors: the VMs that share this one's.
     """
 
-    __slots__ = ("asid", "fd", "handle", "mirrors", "owner", "pages_locked", "regions", "snp")
+    __slots__ = (
+        *("asid", "fd", "handle", "mirrors", "owner", "pages_locked", "plain", "private"),
+        *("regions", "snp"),
+    )
 
     def __init__(self, vm: Vm) -> None:
         del vm
@@ -77,6 +84,8 @@ class SevInfo:
         self.snp: SnpGuest | None = None
         self.regions: list[tuple[int, int]] = []
         self.pages_locked = 0
+        self.private: list[tuple[int, int]] = []
+        self.plain: dict[int, mmap] = {}
         self.owner: Vm | None = None
         self.mirrors: list[Vm] = []
 

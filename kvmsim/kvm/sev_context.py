@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from kvmsim.abi import caps
 from kvmsim.errors import KvmError
+from kvmsim.kvm import sev_private
 from kvmsim.kvm.dispatch import VmFile, enables
 from kvmsim.kvm.protected import has_vmsa
 from kvmsim.kvm.sev_command import info
@@ -72,6 +73,7 @@ def move_from(vm: Vm, enable: KvmEnableCap, client: Client) -> int:
         if charge is not None:
             vm.system.keys.cancel(charge)
         raise
+    sev_private.settle(source)
     _move_guest(vm, source)
     _move_key(vm, source, charge)
     _move_mirrors(vm, source)
@@ -132,6 +134,7 @@ def _move_guest(vm: Vm, source: Vm) -> None:
     ours.handle, theirs.handle = theirs.handle, 0
     ours.pages_locked, theirs.pages_locked = theirs.pages_locked, 0
     ours.regions, theirs.regions = theirs.regions, []
+    ours.private, theirs.private = theirs.private, []
     if vm.es_active:
         for new, old in zip(vm.vcpus.values(), source.vcpus.values(), strict=True):
             transfer(old, new)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvmsim.abi import sev as abi
 from kvmsim.errors import KvmError
-from kvmsim.kvm import protected, sev_vmsa
+from kvmsim.kvm import protected, sev_private, sev_vmsa
 from kvmsim.kvm.client import copy_to_user
 from kvmsim.kvm.sev_command import (
     Params,
@@ -90,6 +90,7 @@ def launch_update_data(vm: Vm, cmd: SevCmd, client: Client) -> None:
     firmware, handle = firmware_of(vm), info(vm).handle
     load = partial(firmware.launch_update_data, handle)
     issue_known(vm, cmd, client, transform, client, address, length, load)
+    sev_private.add(vm, address, length)
 
 
 def launch_update_vmsa(vm: Vm, cmd: SevCmd, client: Client) -> None:
@@ -133,6 +134,7 @@ def launch_secret(vm: Vm, cmd: SevCmd, client: Client) -> None:
         data,
     )
     client.write(address, secret)
+    sev_private.add(vm, address, length)
 
 
 def launch_measure(vm: Vm, cmd: SevCmd, client: Client) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvmsim.abi import sev as abi
 from kvmsim.errors import KvmError
+from kvmsim.kvm import sev_private
 from kvmsim.kvm.client import copy_to_user
 from kvmsim.kvm.sev_command import (
     PAGE_BYTES,
@@ -157,6 +158,7 @@ def receive_update_data(vm: Vm, cmd: SevCmd, client: Client) -> None:
         data,
     )
     client.write(address, encrypted)
+    sev_private.add(vm, address, length)
 
 
 def receive_finish(vm: Vm, cmd: SevCmd, client: Client) -> None:
