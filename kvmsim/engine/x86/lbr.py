@@ -10,6 +10,7 @@ A pure model, fed with taken branches. LBR_SELECT tells what is *not* recorded::
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.x86.decode import Branch
@@ -24,7 +25,12 @@ SELECT_CPL_0, SELECT_CPL_OVER_0, SELECT_CALL_STACK = 1, 2, 1 << 9
 
 _U64 = (1 << 64) - 1
 _CYCLES_MAX = 0xFFFF
-_CALLS = frozenset({Branch.CALL, Branch.INDIRECT_CALL})
+_ALL_KINDS = sum(1 << kind for kind in Branch)
+_CALLS = 1 << Branch.CALL | 1 << Branch.INDIRECT_CALL
+#: Room for records of each sort, whatever the depth.
+ROOM = 32
+#: Where in :meth:`LastBranches.actions` the kinds begin that take a record away.
+POPS = 16
 
 
 class LastBranches:
@@ -39,63 +45,83 @@ class LastBranches:
     Attributes:
         enabled: DEBUGCTL bit 0: branches are recorded.
         select: LBR_SELECT.
-        tos: index of the newest record.
     """
 
-    __slots__ = (*("_bases", "_from", "_info", "_to", "depth", "enabled", "select", "tos"),)
+    __slots__ = ("_bases", "_words", "depth", "enabled", "select")
 
     def __init__(
         self, depth: int = 32, *, from_base: int = FROM, to_base: int = TO, info_base: int = INFO
     ) -> None:
         self.depth = depth
         self._bases = (from_base, to_base, info_base)
+        self._words = array("Q", bytes(8 * (1 + 3 * ROOM)))
         self.enabled = False
         self.reset()
+
+    @property
+    def address(self) -> int:
+        """Where the records are, for native code: TOS, then 32 each of FROM, TO and INFO."""
+        return self._words.buffer_info()[0]
+
+    @property
+    def tos(self) -> int:
+        """LBR_TOS."""
+        return self._words[0]
 
     def reset(self) -> None:
         """Forget everything."""
         self.select = 0
-        self.tos = 0
-        self._from = [0] * self.depth
-        self._to = [0] * self.depth
-        self._info = [0] * self.depth
+        for at in range(len(self._words)):
+            self._words[at] = 0
+
+    def actions(self, *, user: bool) -> int:
+        """What LBR_SELECT makes of branches that end in a privilege level.
+
+        Args:
+            user: in one above 0.
+
+        Returns:
+            One bit per kind of branch: below bit 16 those to record, from there on those that take
+            the newest record away.
+        """
+        select = self.select
+        if select & (SELECT_CPL_OVER_0 if user else SELECT_CPL_0):
+            return 0
+        shown = _ALL_KINDS & ~select
+        if not select & SELECT_CALL_STACK:
+            return shown
+        return shown & _CALLS | (shown & 1 << Branch.RETURN) << POPS
 
     def branch(
         self, source: int, target: int, kind: Branch, cpl: int = 0, *, cycles: int = 0
-    ) -> None:
-        """A branch was taken.
+    ) -> bool:
+        """A branch was taken; whether it is recorded.
 
         Args:
             source: linear address of the branch.
             target: linear address it went to.
             kind: what it is.
-            cpl: privilege level it was executed at.
+            cpl: privilege level it ended in (SDM volume 3, table "MSR_LBR_SELECT": branches ending
+                in ring 0).
             cycles: since the previous record.
         """
-        if not self.enabled:
-            return
-        select = self.select
-        if select & SELECT_CALL_STACK and kind is Branch.RETURN and not self._hidden(kind, cpl):
-            self.tos = (self.tos - 1) % self.depth
-            return
-        if select & SELECT_CALL_STACK and kind not in _CALLS:
-            return
-        if self._hidden(kind, cpl):
-            return
-        tos = self.tos = (self.tos + 1) % self.depth
-        self._from[tos] = source
-        self._to[tos] = target
-        self._info[tos] = min(cycles, _CYCLES_MAX)
-
-    def _hidden(self, kind: Branch, cpl: int) -> bool:
-        level = SELECT_CPL_OVER_0 if cpl else SELECT_CPL_0
-        return bool(self.select & (level | 1 << kind))
+        actions = self.actions(user=cpl > 0) if self.enabled else 0
+        words = self._words
+        if actions >> POPS & 1 << kind:
+            words[0] = (words[0] - 1) % self.depth
+        if not actions & 1 << kind:
+            return False
+        tos = words[0] = (words[0] + 1) % self.depth
+        words[1 + tos] = source
+        words[1 + ROOM + tos] = target
+        words[1 + 2 * ROOM + tos] = min(cycles, _CYCLES_MAX)
+        return True
 
     def newest(self) -> Iterator[tuple[int, int]]:
         """(from, to) of all records, the newest first."""
         for back in range(self.depth):
-            at = (self.tos - back) % self.depth
-            yield self._from[at], self._to[at]
+            at = 1 + (self.tos - back) % self.depth
+            yield self._words[at], self._words[at + ROOM]
 
     def read(self, index: int) -> int | None:
         """Read a register; None: it is not one of these (#GP)."""
@@ -103,8 +129,8 @@ class LastBranches:
             return self.select
         if index == LBR_TOS:
             return self.tos
-        found = self._record(index)
-        return None if found is None else found[0][found[1]]
+        place = self._place(index)
+        return None if place is None else self._words[place]
 
     def write(self, index: int, value: int) -> bool:
         """Write a register; False: #GP, for a register or a value that does not exist."""
@@ -114,19 +140,18 @@ class LastBranches:
             return valid
         if index == LBR_TOS:
             valid = value < self.depth
-            self.tos = value if valid else self.tos
+            self._words[0] = value if valid else self.tos
             return valid
-        found = self._record(index)
-        if found is None or (found[0] is not self._info and not _canonical(value)):
+        place = self._place(index)
+        if place is None or (place <= 2 * ROOM and not _canonical(value)):
             return False
-        records, at = found
-        records[at] = value & _U64
+        self._words[place] = value & _U64
         return True
 
-    def _record(self, index: int) -> tuple[list[int], int] | None:
-        for base, records in zip(self._bases, (self._from, self._to, self._info), strict=True):
+    def _place(self, index: int) -> int | None:
+        for number, base in enumerate(self._bases):
             if base and base <= index < base + self.depth:
-                return records, index - base
+                return 1 + number * ROOM + index - base
         return None
 
 

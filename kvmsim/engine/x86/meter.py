@@ -50,7 +50,29 @@ class Meter:
             callback: Callback = CODE_CALLBACK(self._on_block)
             if machine is not None:
                 callback = ctypes.c_void_p(machine.code.place(_STUB))
-            unicorn.hook_block(callback, ctypes.addressof(self._words))
+            self._callback = callback
+            self._hook = unicorn.hook_block(callback, ctypes.addressof(self._words))
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is called at the start of every block."""
+        return self._kicks is None
+
+    def give_way(self) -> tuple[int, int]:
+        """Somebody else is called at the start of every block, and calls this one last.
+
+        Two callbacks take several times as long as one that calls another.
+
+        Returns:
+            Address of the function to be called, and its last argument.
+        """
+        self._unicorn.unhook(self._hook)
+        function = ctypes.cast(self._callback, ctypes.c_void_p).value or 0
+        return function, ctypes.addressof(self._words)
+
+    def take_back(self) -> None:
+        """Be called directly again."""
+        self._hook = self._unicorn.hook_block(self._callback, ctypes.addressof(self._words))
 
     def _on_block(self, _uc: int, _address: int, size: int, _data: int) -> None:
         self._words[0] -= size

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from kvmsim.engine.base import BusLock
 from kvmsim.engine.x86 import breakpoints, control, paging, sites
 from kvmsim.engine.x86 import decode as d
+from kvmsim.engine.x86.delivery import DB
 from kvmsim.engine.x86.memory import NoMemory
 from kvmsim.engine.x86.registers import FLAG_RF, FLAG_TF, U32, U64
 from kvmsim.engine.x86.sites import Kind, Site
@@ -108,7 +109,10 @@ class Watch:
             for begin, end in self._new_code:
                 self._unicorn.drop_code(begin, end)
             self._new_code.clear()
-        self._vm.branches.stopped()
+        self._vm.branches.stopped(
+            trapped=self._why is Why.INTERRUPT and self.vector == DB,
+            kicked=self._why is Why.NOTHING,
+        )
         return self._why, status
 
     def take(self, cpu: Cpu) -> BusLock | None:
