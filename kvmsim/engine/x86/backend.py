@@ -141,6 +141,7 @@ class Unicorn:
         q: the same by 64-bit words.
         d: the same by 32-bit words.
         native: its machine code; None where there is none.
+        env_address: where ``env`` is in this process.
     """
 
     def __init__(self, code_bytes: int = CODE_BYTES) -> None:
@@ -163,7 +164,7 @@ class Unicorn:
         self._ctl(_CTL_CPU_MODEL, _CPU_SKYLAKE_SERVER)
         self._ctl(_CTL_TCG_BUFFER, code_bytes)
         self._ctl(_CTL_USE_EXITS, 1)
-        address = self._find_env()
+        address = self.env_address = self._find_env()
         buffer = (ctypes.c_char * ENV_BYTES).from_address(address)
         self.env = memoryview(buffer).cast("B")
         self.q = self.env.cast("Q")
@@ -277,9 +278,17 @@ class Unicorn:
 
     def hook_code(self, function: Callable[[], None], address: int) -> None:
         """Call back before the instruction at a linear address."""
+        self.hook_code_at(self.callback(function), address)
+
+    def hook_code_at(self, callback: int, address: int) -> None:
+        """Call a function of machine code before the instruction at a linear address."""
+        self._hook(HOOK_CODE, ctypes.c_void_p(callback), address, address)
+
+    def callback(self, function: Callable[[], None]) -> int:
+        """Make a function of machine code that calls one of Python; its address."""
         callback = _BARE_CALLBACK(function)
         self._keep.append(callback)
-        self._hook(HOOK_CODE, callback, address, address)
+        return ctypes.cast(callback, ctypes.c_void_p).value or 0
 
     def hook_block(self, callback: Callback, data: int = 0) -> int:
         """Call back at the start of each block; a handle for :meth:`unhook`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.x86 import paging, sites
+from kvmsim.engine.x86.lock_code import CalmPages
 
 if TYPE_CHECKING:
     from kvmsim.engine.x86.memory import Memory
@@ -27,10 +28,12 @@ class Operands:
 
     Attributes:
         calm: numbers of pages known to be write-back memory, whoever accesses them.
+        calm_pages: the same for machine code.
     """
 
     def __init__(self, live: Registers, memory: Memory) -> None:
         self.calm: set[int] = set()
+        self.calm_pages = CalmPages()
         self._live = live
         self._memory = memory
         self._types: dict[int, bool] = {}
@@ -38,6 +41,7 @@ class Operands:
     def forget(self) -> None:
         """Memory types are others from now on."""
         self.calm.clear()
+        self.calm_pages.clear()
         self._types.clear()
 
     def classify(self, mtrrs: Mtrrs, at: int, size: int) -> tuple[bool, bool]:
@@ -75,4 +79,5 @@ class Operands:
         self._types[key] = answer
         if answer:
             self.calm.add(key >> 1)
+            self.calm_pages.add(key >> 1)
         return answer

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from kvmsim.engine.base import BusLock
 from kvmsim.engine.x86 import breakpoints, control, paging, sites
 from kvmsim.engine.x86 import decode as d
-from kvmsim.engine.x86.delivery import DB
+from kvmsim.engine.x86.lock_code import LockCode
 from kvmsim.engine.x86.memory import NoMemory
 from kvmsim.engine.x86.registers import FLAG_RF, FLAG_TF, U32, U64
 from kvmsim.engine.x86.sites import Kind, Site
@@ -84,6 +84,10 @@ class Watch:
         self._cpu: Cpu | None = None
         self._points: frozenset[int] = frozenset()
         self._points_hooked: set[int] = set()
+        native = vm.unicorn.native
+        self._lock_code = None
+        if native is not None:
+            self._lock_code = LockCode(native.code, vm.unicorn.env_address, operands.calm_pages)
         self.site: Site | None = None
         self.vector = 0
         self.access: tuple[int, int, int, int] | None = None
@@ -109,17 +113,17 @@ class Watch:
             for begin, end in self._new_code:
                 self._unicorn.drop_code(begin, end)
             self._new_code.clear()
-        self._vm.branches.stopped(
-            trapped=self._why is Why.INTERRUPT and self.vector == DB,
-            kicked=self._why is Why.NOTHING,
-        )
+        self._vm.branches.stopped()
         return self._why, status
 
     def take(self, cpu: Cpu) -> BusLock | None:
         """A bus lock that was expected: taken, if RIP went on."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
         self.fell_short = pending is not None and cpu.registers.rip == self._pending_rip
-        if pending is None or self.fell_short:
+        if pending is None:
+            return None
+        self._set_pending(None)
+        if self.fell_short:
             return None
         cpu.bus_locks += 1
         return BusLock(cpl=cpu.registers.cpl)
@@ -142,6 +146,8 @@ class Watch:
 
     def _hook(self, site: Site) -> None:
         """Have the emulator stop by at a site from now on."""
+        if self._hook_machine_code(site):
+            return
         watch = site.watch
         if watch is not None:
             site.calm = self._operands.calm
@@ -150,6 +156,34 @@ class Watch:
             self._unicorn.hook_code(lambda: self._behind(site), site.address)
         else:
             self._unicorn.hook_code(lambda: self._look(site), site.address)
+
+    def _hook_machine_code(self, site: Site) -> bool:
+        """The same where machine code can tell that there is nothing to see."""
+        if self._lock_code is None:
+            return False
+        if site.kind is Kind.NEXT:
+            callback = self._unicorn.callback(lambda: self._behind(site))
+            self._unicorn.hook_code_at(self._lock_code.behind(callback), site.address)
+            return True
+        if site.kind is not Kind.LOCK:
+            return False
+        callback = self._unicorn.callback(lambda: self._look(site))
+        code = self._lock_code.in_front(site, callback)
+        if code is None:
+            return False
+        self._unicorn.hook_code_at(code, site.address)
+        return True
+
+    def _set_pending(self, site: Site | None) -> None:
+        self._pending = site
+        if self._lock_code is not None:
+            self._lock_code.expect(lock=site is not None)
+
+    def _disturb(self, site: Site) -> None:
+        """Look at every execution of a site from now on."""
+        site.calm = frozenset()
+        if self._lock_code is not None:
+            self._lock_code.never_calm(site.address)
 
     def _behind(self, site: Site) -> None:
         """Execution gets to where a bus lock may just have been taken."""
@@ -174,7 +208,7 @@ class Watch:
             if site.address != pending.address:
                 self._stop(Why.LOCKED)
                 return
-            self._pending = None
+            self._set_pending(None)
         if site.ambiguous:
             found = self._site_now(site.address)
             if found is None:
@@ -246,8 +280,9 @@ class Watch:
             self._flush_code = True
             self._stop(Why.NEW_SITES)
             return
-        following.calm = frozenset()
-        self._pending = site
+        if self._lock_code is None:
+            following.calm = frozenset()
+        self._set_pending(site)
         self._pending_rip = self._live.rip
 
     def _on_interrupt(self, vector: int) -> None:
@@ -306,7 +341,7 @@ class Watch:
         if not same:
             # In another address space, or before the code was changed, something else was here.
             site.ambiguous = True
-            site.calm = frozenset()
+            self._disturb(site)
 
     def read_code(self, address: int, size: int) -> bytes:
         """Code at a linear address; its pages are watched for changes by the host from now on."""
