@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvmsim.engine.x86 import fpu
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import Linear
 from kvmsim.engine.x86.paging import PAT_RESET, Mtrrs
@@ -100,14 +101,16 @@ class Cpu:
         self._executes = False
         self.reset()
 
-    def use(self, registers: r.Registers) -> None:
-        """Its state is elsewhere from now on: in the emulator, or saved."""
-        self.registers = registers
-        self.linear = Linear(registers, self.memory)
+    def use(self, env: memoryview) -> None:
+        """Its state is elsewhere from now on: in the emulator, or saved.
+
+        ``registers`` stays the same object: an instruction that waits for user space keeps it.
+        """
+        self.registers.look_at(env)
 
     def use_saved(self) -> None:
         """Its state is the saved copy."""
-        self.use(r.Registers(memoryview(self.saved)))
+        self.use(memoryview(self.saved))
 
     def reset(self) -> None:
         """Power-on state (SDM volume 3, table 10-1), as KVM has it."""
@@ -132,6 +135,7 @@ class Cpu:
         registers.set_debug(6, DR6_RESET)
         registers.set_debug(7, DR7_RESET)
         registers.set_msr(0x277, PAT_RESET)
+        fpu.reset(registers)
         registers.shadow = False
         self.changed()
 

@@ -75,6 +75,10 @@ class Registers:
     __slots__ = ("d", "env", "q")
 
     def __init__(self, env: memoryview) -> None:
+        self.look_at(env)
+
+    def look_at(self, env: memoryview) -> None:
+        """Be a view on another state."""
         self.env = env
         self.q = env.cast("Q")
         self.d = env.cast("I")

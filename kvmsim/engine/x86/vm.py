@@ -158,7 +158,7 @@ class X86Vm:
             if self._current is not None:
                 self._save()
             self.unicorn.env[:] = cpu.saved
-            cpu.use(self.live)
+            cpu.use(self.unicorn.env)
             self._current = cpu
             self.translation_changed()
         if self._stale_translations:
@@ -220,7 +220,7 @@ class X86Vm:
         stop.cpl = cpu.registers.cpl
         stop.after_ns = cpu.guest_ns - cpu.stopped_ns if self.paced else 0
         cpu.stopped_ns = cpu.guest_ns
-        if self._out and cpu not in self._out:
+        if self._out - {cpu}:
             # KVM may look at it while another one executes.
             self._save()
         return stop

@@ -169,6 +169,24 @@ def test_two_vcpus_in_turns_lose_nothing(aside):
     assert (halted, aside.word(DATA)) == (2, 100_000)
 
 
+@pytest.mark.parametrize("answer", ["in", "out", "ins"])
+def test_instruction_is_completed_on_its_own_vcpu_while_another_one_executes(aside, answer):
+    aside.long({"in": "e4 80", "out": "e6 80", "ins": "6c"}[answer], HLT)  # in, out, insb
+    aside.q[r.RDI] = DATA
+    other = aside.vm.add_cpu()
+    other.saved[:] = aside.cpu.saved
+    other.registers.rip = 0x2000
+    aside.put(0x2000, SPIN)
+    assert isinstance(aside.run(), Io)
+    spinning = aside.vm.run(other)
+    spinning.kick()
+    spinning.work()
+    before = other.registers.rip
+    aside.cpu.complete(b"\x5a")
+    assert other.registers.rip == before
+    assert aside.r.rip == CODE + (1 if answer == "ins" else 2)
+
+
 def test_memory_that_comes_and_goes_is_seen_by_the_guest(guest):
     guest.long("a0 00 00 10 00 00 00 00 00", HLT)  # mov al, [0x100000]
     more = mmap.mmap(-1, 0x1000)
