@@ -51,6 +51,11 @@ class Library:
         """Address of an exported function; LookupError: there is none."""
         return self._base + self._value(self._index(name))
 
+    def size(self, name: str) -> int:
+        """Bytes of an exported function; LookupError: there is none."""
+        at = self._symbols.offset + self._index(name) * _SYMBOL_BYTES + 16
+        return int.from_bytes(self._file[at : at + 8], "little")
+
     def slot(self, name: str) -> ctypes.c_uint64:
         """Where the library keeps the address of a function it calls; LookupError: nowhere."""
         if not self._slots:

@@ -29,7 +29,7 @@ import ctypes
 from functools import cache
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.x86 import machine_code
+from kvmsim.engine.x86 import address_bits, machine_code
 from kvmsim.engine.x86.library import Library
 from kvmsim.engine.x86.machine_code import Code, u64
 
@@ -73,6 +73,7 @@ class Process:
     def __init__(self, cdll: ctypes.CDLL, code: Code) -> None:
         self.code = code
         self.library = library = Library(cdll, "uc_emu_start")
+        address_bits.widen(library)
         self._calls_out: int | None = None
         self._checks = library.slot("check_exit_request_x86_64")
         self._check = self._checks.value
