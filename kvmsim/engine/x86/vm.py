@@ -34,6 +34,8 @@ from kvmsim.engine.x86.operands import Operands
 from kvmsim.engine.x86.watch import Watch, Why
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmsim.engine.base import Stop
     from kvmsim.engine.x86.memory import Slot
     from kvmsim.engine.x86.policy import Policy
@@ -206,7 +208,7 @@ class X86Vm:
             last stop; ``insn_len`` is always 0, for RIP is right already.
         """
         if self.must_wait(cpu):
-            return self._hand_out(cpu)
+            return self._hand_out(cpu, self._no_work)
         if cpu.pending and not cpu.stops and cpu.left is None:
             msg = "the last stop was not completed"
             raise RuntimeError(msg)
@@ -237,7 +239,7 @@ class X86Vm:
             cpu.guest_ns += self.meter.used() // BYTES_PER_NS
         if stop is not None:
             return stop
-        return InKernel() if inline == given else self._hand_out(cpu)
+        return InKernel() if inline == given else self._hand_out(cpu, self.work)
 
     def _until_stop(self, cpu: Cpu, *, may_execute: bool) -> Stop | None:
         """The next stop; None: the allowance is used up before."""
@@ -298,9 +300,8 @@ class X86Vm:
         """Whether a vCPU has to wait for its turn: others' turns may be under way."""
         return bool(self._out) and cpu not in self._out
 
-    def _hand_out(self, cpu: Cpu) -> Executing:
+    def _hand_out(self, cpu: Cpu, work: Callable[[Cpu], None]) -> Executing:
         cpu.kicked = cpu.worked = False
-        work = self._no_work if self.must_wait(cpu) else self.work
         self._out.add(cpu)
         return Executing(work=lambda: work(cpu), kick=lambda: self.kick(cpu))
 
@@ -310,7 +311,10 @@ class X86Vm:
     def work(self, cpu: Cpu) -> None:
         """Execute a vCPU, in any thread, until KVM is wanted; :meth:`run` then goes on with it."""
         cpu.worked = True
+        others = self._current is not cpu
         self.load(cpu)
+        if others:  # had their turns since run() was here
+            self.branches.watch(cpu)
         self.meter.start(self.slice_bytes)
         self._working = cpu
         # Looked at behind the line above, kicks being lost otherwise: see kick().

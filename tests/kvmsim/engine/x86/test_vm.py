@@ -223,3 +223,21 @@ def test_slot_that_becomes_read_only_sends_writes_out(guest):
     stop = guest.run()
     assert isinstance(stop, Mmio)
     assert stop.gpa == DATA
+
+
+def test_vcpus_that_execute_nothing_inline_execute_in_their_turns(make_guest):
+    guest = make_guest(inline_bytes=0, paced=False).long(COUNT)
+    other = guest.vm.add_cpu()
+    other.saved[:] = guest.cpu.saved
+    other.use_saved()
+    cpus = [guest.cpu, other]
+    for cpu in cpus:
+        cpu.registers.q[r.RCX] = 1000
+    turns = [(cpu, guest.vm.run(cpu)) for cpu in cpus]
+    for _ in range(4):  # the second one waits for its turn first
+        cpu, stop = turns.pop(0)
+        if isinstance(stop, Executing):
+            stop.work()
+            stop = guest.vm.run(cpu)
+        turns.append((cpu, stop))
+    assert [type(stop) for _, stop in turns] == [Hlt, Hlt]
