@@ -36,11 +36,10 @@ from kvmsim.engine.x86.breakpoints import Debugger, dr6_after
 from kvmsim.errors import KvmError
 from kvmsim.kvm import capabilities, events, exits, protected
 from kvmsim.kvm.dispatch import VcpuFile, handles
-from kvmsim.kvm.events import DB_VECTOR
+from kvmsim.kvm.events import DB_VECTOR, QueuedException
 
 if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import Call
-    from kvmsim.kvm.events import QueuedException
     from kvmsim.kvm.lbr import GuestLbr
     from kvmsim.kvm.vcpu import Vcpu
 
@@ -181,19 +180,39 @@ def bus_lock(debug: GuestDebug, cpl: int) -> None:
         debug.trap |= DR6_BUS_LOCK
 
 
+def take_trap(vcpu: Vcpu, debug: GuestDebug) -> int:
+    """Payload of the #DB that is due, all its causes together; then none is."""
+    payload, debug.trap = debug.trap, 0
+    if not payload:
+        return 0
+    # What an engine with code of its own is about to raise goes along.
+    take_traps = getattr(vcpu.engine, "take_traps", None)
+    if take_traps is not None:
+        payload |= take_traps()
+    return payload
+
+
+def show_trap(vcpu: Vcpu) -> None:
+    """A #DB the processor still has to deliver is a pending exception like any other."""
+    debug = vcpu.debug
+    state = events.of(vcpu)
+    if debug is None or not debug.trap or state.exception.pending:
+        return
+    state.exception = QueuedException(
+        DB_VECTOR, pending=True, has_payload=True, payload=take_trap(vcpu, debug)
+    )
+    debug.queued = True
+
+
 def deliver(vcpu: Vcpu, debug: GuestDebug) -> int | None:
     """Entering the guest: what is pending arrives. An exit reason, if that ends the run."""
     if debug.lbr is not None:
         debug.lbr.enter(debug.debugctl)
     if debug.queued and (reason := _deliver_queued(vcpu, debug)) is not None:
         return reason
-    payload, debug.trap = debug.trap, 0
+    payload = take_trap(vcpu, debug)
     if not payload:
         return None
-    # One #DB for all its causes: what an engine with code of its own is about to raise goes along.
-    take_traps = getattr(vcpu.engine, "take_traps", None)
-    if take_traps is not None:
-        payload |= take_traps()
     if debug.control & (KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_USE_HW_BP):
         exits.report_debug(vcpu, Debug(exception=DB_VECTOR, dr6=payload, dr7=debug.dr7))
         return Exit.DEBUG
@@ -241,6 +260,7 @@ def get_debugregs(vcpu: Vcpu, call: Call) -> int:
     protected.refuse(vcpu)
     debug = of(vcpu)
     if not capabilities.of(vcpu.vm).exception_payload:
+        show_trap(vcpu)
         apply_payload(vcpu, events.of(vcpu).exception)
     data = KVM_DEBUGREGS.pack(dr6=debug.dr6, dr7=debug.dr7)
     for index, address in enumerate(debug.dr):

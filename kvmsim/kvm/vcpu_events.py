@@ -24,7 +24,7 @@ from kvmsim.abi.regs import (
 from kvmsim.errors import KvmError
 from kvmsim.kvm import capabilities, debug, events
 from kvmsim.kvm.dispatch import VcpuFile, handles
-from kvmsim.kvm.events import DB_VECTOR, QueuedException
+from kvmsim.kvm.events import QueuedException
 
 if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import Call
@@ -51,7 +51,7 @@ def pack(vcpu: Vcpu) -> bytearray:
     _fetch(vcpu)
     state = events.of(vcpu)
     switches = capabilities.of(vcpu.vm)
-    _take_trap(vcpu, state)
+    debug.show_trap(vcpu)
     exception = state.exception
     if not switches.exception_payload and exception.pending:
         debug.apply_payload(vcpu, exception)
@@ -91,17 +91,6 @@ def _fetch(vcpu: Vcpu) -> None:
     mirror = vcpu.mirror
     if mirror is not None and mirror.events_ahead:
         mirror.fetch_events()
-
-
-def _take_trap(vcpu: Vcpu, state: Events) -> None:
-    """A #DB the processor still has to deliver is a pending exception like any other."""
-    pending = vcpu.debug
-    if pending is not None and pending.trap and not state.exception.pending:
-        state.exception = QueuedException(
-            DB_VECTOR, pending=True, has_payload=True, payload=pending.trap
-        )
-        pending.trap = 0
-        pending.queued = True
 
 
 def unpack(vcpu: Vcpu, data: bytes) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from kvmsim.engine.base import BusLock
 from kvmsim.engine.x86 import breakpoints, control, paging, sites
 from kvmsim.engine.x86 import decode as d
+from kvmsim.engine.x86.delivery import DB
 from kvmsim.engine.x86.lock_code import LockCode
 from kvmsim.engine.x86.memory import NoMemory
 from kvmsim.engine.x86.registers import FLAG_RF, FLAG_TF, U32, U64
@@ -104,8 +105,13 @@ class Watch:
         self._cpu = cpu
         self._why = Why.NOTHING
         self.site = None
+        steps = bool(cpu.registers.flags & FLAG_TF)
+        dr6 = cpu.registers.debug(6) if steps else 0
         status = self._unicorn.start(cpu.registers.rip)
         cpu.registers.settle_flags(self._unicorn.flags())
+        if steps and self._why is Why.INTERRUPT and self.vector == DB:
+            # The emulator has set BS; DR6 changes when the #DB is delivered.
+            cpu.registers.set_debug(6, dr6)
         if self._flush_code:
             self._unicorn.flush_code()
             self._flush_code = False
@@ -113,7 +119,10 @@ class Watch:
             for begin, end in self._new_code:
                 self._unicorn.drop_code(begin, end)
             self._new_code.clear()
-        self._vm.branches.stopped()
+        self._vm.branches.stopped(
+            trapped=self._why is Why.INTERRUPT and self.vector == DB,
+            kicked=self._why is Why.NOTHING,
+        )
         return self._why, status
 
     def take(self, cpu: Cpu) -> BusLock | None:
@@ -131,6 +140,9 @@ class Watch:
     def arm(self, cpu: Cpu) -> None:
         """Stop in front of the code breakpoints a vCPU has at this moment."""
         self._points = breakpoints.code_addresses(cpu) if breakpoints.armed(cpu) else frozenset()
+        if not self._points:
+            # Nobody asks, and the emulator would keep it for a whole block.
+            self._live.resumed()
         missing = self._points - self._points_hooked
         for address in missing:
             self._unicorn.hook_code(partial(self._at_breakpoint, address), address)

@@ -172,6 +172,7 @@ class VcpuRegisters:
         if _DEBUG.pack(*values) != self._debug:
             for number in (0, 1, 2, 3, 6, 7):
                 registers.set_debug(number, values[number])
+            self._debug = registers.debug_bytes()
         if state.delivered != self._delivered:
             self._delivered = state.delivered
             cpu.queue(Event(DB))

@@ -179,7 +179,7 @@ def test_t_b_5_exit_comes_first_and_db_with_the_next_run(make):
     vcpu = make(stops=[BusLock(cpl=3, insn_len=4)])
     set_msrs(vcpu, (DEBUGCTL, 4))
     assert run_to_exit(vcpu) == Exit.X86_BUS_LOCK
-    assert (vcpu.rip, dr6(vcpu), vcpu.debug.delivered) == (0xFFF4, 0xFFFF0FF0, 0)
+    assert (vcpu.rip, vcpu.debug.dr6, vcpu.debug.delivered) == (0xFFF4, 0xFFFF0FF0, 0)
     run_to_exit(vcpu)
     assert (dr6(vcpu), vcpu.debug.delivered) == (0xFFFF07F0, 1)
 
