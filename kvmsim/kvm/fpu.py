@@ -68,8 +68,11 @@ def of(vcpu: Vcpu) -> Fpu:
     return state_of(vcpu, Fpu)
 
 
-def in_use(area: bytearray) -> bytearray:
-    """The legacy part of an area, with the initial values of components it says are not in use."""
+def in_use(area: bytearray) -> tuple[bytearray, bytes]:
+    """The legacy part of an area and that of AVX.
+
+    Components the header says are not in use have their initial values.
+    """
     (xstate_bv,) = unpack_from("<Q", area, XSTATE_BV)
     legacy = bytearray(area[:XSTATE_BV])
     if not xstate_bv & XCR0_X87:
@@ -80,15 +83,18 @@ def in_use(area: bytearray) -> bytearray:
         legacy[XMM_SPACE : XMM_SPACE + 256] = bytes(256)
     if not xstate_bv & (XCR0_SSE | XCR0_AVX):
         pack_into("<I", legacy, 24, MXCSR_RESET)
-    return legacy
+    avx = bytes(area[EXTENDED : EXTENDED + cpuid.AVX_BYTES])
+    return legacy, avx if xstate_bv & XCR0_AVX else bytes(cpuid.AVX_BYTES)
 
 
-def put_legacy(area: bytearray, legacy: bytearray) -> None:
-    """Put x87, MXCSR and XMM registers into an area, which has them in use from here on."""
+def put(area: bytearray, legacy: bytearray, avx: bytes) -> None:
+    """Put registers into an area, which has x87 and SSE in use from here on."""
     area[:28] = legacy[:28]
     area[ST_SPACE : len(legacy)] = legacy[ST_SPACE:]
+    area[EXTENDED : EXTENDED + len(avx)] = avx
     (xstate_bv,) = unpack_from("<Q", area, XSTATE_BV)
-    pack_into("<Q", area, XSTATE_BV, xstate_bv | XCR0_X87 | XCR0_SSE)
+    xstate_bv |= XCR0_X87 | XCR0_SSE | (XCR0_AVX if any(avx) else 0)
+    pack_into("<Q", area, XSTATE_BV, xstate_bv)
 
 
 @handles(VcpuFile, KVM_GET_FPU)

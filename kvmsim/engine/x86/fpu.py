@@ -1,4 +1,7 @@
-"""x87, MMX and SSE state: the emulator's and the legacy area of XSAVE (FXSAVE in 64-bit mode).
+"""x87, MMX, SSE and AVX registers: the emulator's and those of an XSAVE area.
+
+The legacy part of the area is what FXSAVE writes in 64-bit mode; the upper halves of YMM registers
+are kept although no instruction here uses them.
 
 Layouts: SDM volume 1, 10.5.1 and 13.4; offsets into the emulator's state belong to the release
 ``backend`` insists on. The emulator keeps the x87 registers by their physical number, the top of
@@ -14,7 +17,8 @@ if TYPE_CHECKING:
     from kvmsim.engine.x86.registers import Registers
 
 LEGACY_BYTES = 416
-"""Bytes of the area in use; up to 512 follow for software."""
+"""Bytes of the legacy part in use; up to 512 follow for software."""
+AVX_BYTES = 256
 MXCSR_MASK = 0x0000FFFF
 
 #: What is compared to see whether anything changed: x87, MXCSR, XMM0 to XMM15.
@@ -29,6 +33,15 @@ _ROUNDING, _PRECISION, _FLUSH, _DENORMALS = 1, 3, 4, 5
 _PRECISION_BITS = (32, 80, 64, 80)
 #: In the area.
 _ST, _AREA_XMM = 32, 160
+
+
+def reset(registers: Registers) -> None:
+    """The state after reset, which is that of FNINIT and the reset value of MXCSR."""
+    area = bytearray(LEGACY_BYTES)
+    pack_into("<H", area, 0, 0x037F)
+    pack_into("<I", area, 24, 0x1F80)
+    set_legacy_area(registers, area)
+    set_avx_area(registers, bytes(AVX_BYTES))
 
 
 def raw(registers: Registers) -> bytes:
@@ -83,5 +96,20 @@ def set_mxcsr(registers: Registers, value: int) -> None:
     registers.d[_MXCSR // 4] = value
     env = registers.env
     env[_SSE_STATUS + _ROUNDING] = value >> 13 & 3
-    env[_SSE_STATUS + _FLUSH] = value >> 15 & 1
+    # The emulator's LDMXCSR puts this one there; it is to be the same after a restore.
+    env[_X87_STATUS + _FLUSH] = value >> 15 & 1
     env[_SSE_STATUS + _DENORMALS] = value >> 6 & 1
+
+
+def avx_area(registers: Registers) -> bytes:
+    """Upper halves of YMM0 to YMM15."""
+    env = registers.env
+    places = (_XMM + _XMM_BYTES * number + 16 for number in range(16))
+    return b"".join(bytes(env[at : at + 16]) for at in places)
+
+
+def set_avx_area(registers: Registers, area: bytes | bytearray | memoryview) -> None:
+    """Take the upper halves of YMM0 to YMM15."""
+    for number in range(16):
+        at = _XMM + _XMM_BYTES * number + 16
+        registers.env[at : at + 16] = area[16 * number : 16 * number + 16]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.base import Hlt, Hypercall, InKernel, Io, Rdmsr, SystemEvent, Wrmsr
-from kvmsim.engine.x86 import breakpoints
+from kvmsim.engine.x86 import breakpoints, xsave
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.decode import DS, NONE
 from kvmsim.engine.x86.delivery import DB, GP, PF, UD, Event, Fault
@@ -419,6 +419,7 @@ _TABLE: dict[int, Callable[[Cpu, Instruction], Stop | None]] = {
     0x0F32: _rdmsr,
     0x0F33: _rdpmc,
     0x0FA2: _cpuid,
+    xsave.OPCODE: xsave.execute,
 }
 _EXTENDED: dict[int, Callable[[Cpu, Instruction], Stop | None]] = {
     0xC1: _hypercall,

@@ -11,6 +11,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from kvmsim.engine.x86 import decode as d
+from kvmsim.engine.x86 import xsave
 from kvmsim.engine.x86.registers import SEGMENTS
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def kind_of(found: d.Instruction) -> Kind | None:
     if d.is_locked_access(found):
         return Kind.LOCK
     control = found.opcode in {0x0F20, 0x0F22} and found.reg != CR8
-    if d.is_sensitive(found) and not control:
+    if (d.is_sensitive(found) and not control) or xsave.is_one(found):
         return Kind.SENSITIVE
     if d.shows_system_state(found):
         return Kind.SYSTEM_STATE

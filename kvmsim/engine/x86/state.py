@@ -17,7 +17,7 @@ MSRS = (
     *(0xC0000102, 0xC0000103),
 )
 #: x87 stack, control and status, MXCSR, and what the emulator derives from them.
-_FPU_BEGIN, _FPU_END = 608, 824
+_FPU_BEGIN, _FPU_END = 604, 824
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,9 @@ class VcpuRegisters:
     def _load_fpu(self) -> None:
         state = state_of(self._vcpu, fpu.Fpu)
         if state.area != self._area:
-            x87_sse.set_legacy_area(self._cpu.registers, fpu.in_use(state.area))
+            legacy, avx = fpu.in_use(state.area)
+            x87_sse.set_legacy_area(self._cpu.registers, legacy)
+            x87_sse.set_avx_area(self._cpu.registers, avx)
             self._raw_fpu = b""
         self._cpu.xcr0 = state.xcr0
 
@@ -233,7 +235,8 @@ class VcpuRegisters:
         raw = x87_sse.raw(self._cpu.registers)
         if raw != self._raw_fpu:
             self._raw_fpu = raw
-            fpu.put_legacy(state.area, x87_sse.legacy_area(self._cpu.registers))
+            registers = self._cpu.registers
+            fpu.put(state.area, x87_sse.legacy_area(registers), x87_sse.avx_area(registers))
         state.xcr0 = self._cpu.xcr0
         self.fpu_ahead = self._running
         self._area = bytes(state.area)
