@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LEGACY_BYTES = 416
 """Bytes of the legacy part in use; up to 512 follow for software."""
 AVX_BYTES = 256
-MXCSR_MASK = 0x0000FFFF
+MXCSR_MASK = 0x0002FFFF
 
 #: What is compared to see whether anything changed: x87, MXCSR, XMM0 to XMM15.
 _BEGIN, _END = 604, 1848
