@@ -251,8 +251,12 @@ class Registers:
     def advance(self, length: int) -> None:
         """RIP moves past an instruction; the interrupt shadow and the resume flag end."""
         self.rip = (self.rip + length) & (U64 if self.mode == 64 else U32)
-        self.q[_EFLAGS // 8] &= ~FLAG_RF
+        self.resumed()
         self.shadow = False
+
+    def resumed(self) -> None:
+        """The resume flag has done its duty."""
+        self.q[_EFLAGS // 8] &= ~FLAG_RF
 
     @property
     def shadow(self) -> bool:
