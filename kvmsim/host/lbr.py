@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from kvmsim.host.presets import Preset
 
 INTEL_FAMILY = 6
@@ -77,11 +75,6 @@ def hardware_of(preset: Preset) -> LbrHardware | None:
     if found is not None and pmu is not None and pmu.lbr_format is not None:
         return replace(found, format=pmu.lbr_format)
     return found
-
-
-def models(depth: int) -> Iterable[int]:
-    """Models of family 6 whose legacy records are so many."""
-    return (model for model, found in _MODELS.items() if found.depth == depth)
 
 
 class LbrFacility:
