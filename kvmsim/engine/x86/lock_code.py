@@ -2,7 +2,8 @@
 
 It computes the linear address of the operand, and returns where the operand stays within a cache
 line of a page known to be write-back memory, and no bus lock is expected to have been taken just
-before. Everything else is for Python to look at.
+before. Where it crosses a line between such pages, and somebody is there to look behind the
+instruction, a bus lock is expected from then on. Everything else is for Python to look at.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ import ctypes
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.x86 import decode as d
-from kvmsim.engine.x86.machine_code import u64
-from kvmsim.engine.x86.registers import SEGMENTS
+from kvmsim.engine.x86.machine_code import ABOVE, EQUAL, NOT_EQUAL, Jump, Label, assemble, u64
+from kvmsim.engine.x86.registers import RIP, SEGMENTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterator
 
-    from kvmsim.engine.x86.machine_code import Code
+    from kvmsim.engine.x86.native import Native
     from kvmsim.engine.x86.sites import Site
 
 PAGES = 1024
 _NO_PAGE = (1 << 64) - 1
 _SHIFTS = {1: 0, 2: 1, 4: 2, 8: 3}
+#: Operands of this size fault where they are not aligned.
+_ALIGNED = 16
+_PYTHON, _CROSSES, _QUIET = "python", "crosses", "quiet"
 
 
 class CalmPages:
@@ -46,74 +50,119 @@ class CalmPages:
         ctypes.memset(self._table, 0xFF, PAGES * 8)
 
 
+class Expected(ctypes.Structure):
+    """The bus lock that is being taken.
+
+    Attributes:
+        lock: whether there is one.
+        open: machine code may expect locks by itself.
+        rip: of the instruction.
+    """
+
+    _fields_ = (
+        ("lock", ctypes.c_uint32),
+        ("open", ctypes.c_uint32),
+        ("rip", ctypes.c_uint64),
+    )
+
+
+class _Cells(ctypes.Structure):
+    """What machine code asks of one site: the table of its pages, and whether to expect locks."""
+
+    _fields_ = (("table", ctypes.c_uint64), ("armed", ctypes.c_uint64))
+
+
 class LockCode:
     """Makes callbacks of code for one emulator.
 
     Args:
-        code: where the code goes.
+        native: the emulator's machine code.
         env: address of the emulator's CPU state.
         calm: known pages.
+        expected: the bus lock that is being taken.
     """
 
-    def __init__(self, code: Code, env: int, calm: CalmPages) -> None:
-        self._code = code
+    def __init__(self, native: Native, env: int, calm: CalmPages, expected: Expected) -> None:
+        self._native = native
         self._env = env
         self._calm = calm
         self._none = CalmPages()
-        self._expecting = ctypes.c_uint32(0)
-        self._tables: dict[int, ctypes.c_uint64] = {}
-
-    def expect(self, *, lock: bool) -> None:
-        """Whether a bus lock may be taken just now, which everybody is to look for."""
-        self._expecting.value = lock
+        self._expected = expected
+        self._cells: dict[int, _Cells] = {}
 
     def behind(self, callback: int) -> int:
-        """A callback that calls another where a bus lock is expected to have been taken."""
-        return self._code.place(self._unless_expecting(callback) + b"\xc3")
+        """A callback that stops the emulator where a bus lock may just have been taken."""
+        return self._native.code.place(
+            assemble(
+                self._load_expected(),
+                b"\x83\x39\x00",  # cmp dword [rcx], 0
+                Jump(_QUIET, EQUAL),
+                b"\x83\x79\x04\x00",  # cmp dword [rcx+4], 0
+                Jump(_PYTHON, EQUAL),
+                b"\x48\xbf" + u64(self._native.handle) + _jump(self._native.emu_stop),  # mov rdi
+                Label(_PYTHON),
+                _jump(callback),
+                Label(_QUIET),
+                b"\xc3",
+            )
+        )
 
     def in_front(self, site: Site, callback: int) -> int | None:
-        """A callback that calls another where a bus lock may be; None: the operand is beyond it."""
+        """A callback that calls another where there is more to see; None: it is beyond it."""
         found = site.found
         if found is None or found.operand is None or found.opcode in d.BIT_STRINGS:
             return None
-        table = self._tables.setdefault(site.address, ctypes.c_uint64())
-        table.value = self._calm.address
-        here = ctypes.addressof(table)
-        body = b"".join(self._address(site, found.operand))
-        tail = (
-            b"\x48\xc1\xea\x0c"  # shr rdx, 12
-            + b"\x48\xb9"
-            + u64(here)
-            + b"\x48\x8b\x09"  # mov rcx, table; mov rcx, [rcx]
-            + b"\x89\xd6\x81\xe6"
-            + (PAGES - 1).to_bytes(4, "little")  # mov esi, edx; and esi, PAGES - 1
-            + b"\x48\x39\x14\xf1"  # cmp [rcx + rsi*8], rdx
-            + b"\x75\x01\xc3"  # jne +1; ret
+        cells = self._cells.setdefault(site.address, _Cells())
+        cells.table = self._calm.address
+        return self._native.code.place(
+            assemble(
+                self._load_expected(),
+                b"\x83\x39\x00",  # cmp dword [rcx], 0
+                Jump(_PYTHON, NOT_EQUAL),
+                b"".join(self._address(site, found.operand)),
+                b"\x49\xba" + u64(ctypes.addressof(cells)),  # mov r10, cells
+                b"\x4d\x8b\x1a",  # mov r11, [r10]
+                b"\x89\xd1\x83\xe1\x3f\x83\xf9",  # mov ecx, edx; and ecx, 63; cmp ecx, room
+                bytes([site.room]),
+                Jump(_CROSSES, ABOVE),
+                *_unless_calm(b"\x49\x89\xd0"),  # mov r8, rdx
+                b"\xc3",
+                *self._crosses(site),
+                Label(_PYTHON),
+                _jump(callback),
+            )
         )
-        line = (
-            b"\x89\xd1\x83\xe1\x3f"  # mov ecx, edx; and ecx, 63
-            + bytes([0x83, 0xF9, site.room, 0x77, len(tail)])  # cmp ecx, room; ja behind the tail
-        )
-        return self._code.place(
-            self._unless_expecting(callback) + body + line + tail + _jump(callback)
-        )
+
+    def _crosses(self, site: Site) -> Iterator[bytes | Label | Jump]:
+        """RDX: address of an operand beyond the end of a line; R10 and R11: cells and table."""
+        yield Label(_CROSSES)
+        yield b"\x49\x83\x7a\x08\x00"  # cmp qword [r10+8], 0
+        yield Jump(_PYTHON, EQUAL)
+        yield self._load_expected()
+        yield b"\x83\x79\x04\x00"  # cmp dword [rcx+4], 0
+        yield Jump(_PYTHON, EQUAL)
+        yield from _unless_calm(b"\x49\x89\xd0")  # mov r8, rdx
+        yield from _unless_calm(b"\x4c\x8d\x42" + bytes([site.size - 1]))  # lea r8, [rdx+size-1]
+        yield b"\xc7\x01\x01\x00\x00\x00"  # mov dword [rcx], 1
+        yield b"\x48\x8b\x90" + _offset(RIP) + b"\x48\x89\x51\x08"  # mov rdx, rip; mov [rcx+8]
+        yield b"\xc3"
+
+    def arm(self, site: Site) -> None:
+        """Somebody looks behind a site: its locks may be expected without asking."""
+        cells = self._cells.get(site.address)
+        if cells is not None and not site.ambiguous and site.size < _ALIGNED:
+            cells.armed = 1
 
     def never_calm(self, address: int) -> None:
         """Have Python look at every execution of a site."""
-        if address in self._tables:
-            self._tables[address].value = self._none.address
+        cells = self._cells.get(address)
+        if cells is not None:
+            cells.table = self._none.address
 
-    def _unless_expecting(self, callback: int) -> bytes:
-        there = _jump(callback)
-        return (
-            b"\x48\xb9"
-            + u64(ctypes.addressof(self._expecting))
-            + b"\x83\x39\x00\x74"  # mov rcx, flag; cmp dword [rcx], 0; je behind the jump
-            + bytes([len(there)])
-            + there
-        )
+    def _load_expected(self) -> bytes:
+        return b"\x48\xb9" + u64(ctypes.addressof(self._expected))  # mov rcx, expected
 
-    def _address(self, site: Site, operand: d.Operand) -> Iterable[bytes]:
+    def _address(self, site: Site, operand: d.Operand) -> Iterator[bytes]:
         """RDX: linear address of an operand; RAX: the CPU's state."""
         yield b"\x48\xb8" + u64(self._env)  # mov rax, env
         disp = operand.disp
@@ -135,6 +184,16 @@ class LockCode:
             yield b"\x48\x03\x90" + base + b"\x89\xd2"  # add rdx, [rax + ...]; mov edx, edx
         elif operand.segment in {d.FS, d.GS}:
             yield b"\x48\x03\x90" + base
+
+
+def _unless_calm(load: bytes) -> Iterator[bytes | Jump]:
+    """Python's turn unless the page of the address that is loaded into R8 is in the table R11."""
+    yield load
+    yield b"\x49\xc1\xe8\x0c"  # shr r8, 12
+    yield b"\x44\x89\xc6\x81\xe6"  # mov esi, r8d; and esi, PAGES - 1
+    yield (PAGES - 1).to_bytes(4, "little")
+    yield b"\x4d\x39\x04\xf3"  # cmp [r11 + rsi*8], r8
+    yield Jump(_PYTHON, NOT_EQUAL)
 
 
 def _jump(address: int) -> bytes:

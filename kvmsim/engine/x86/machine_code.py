@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import platform
+from dataclasses import dataclass
 
 _CHUNK_BYTES = 16 * mmap.PAGESIZE
 _ALIGN = 16
@@ -55,3 +56,47 @@ def new() -> Code | None:
 def u64(value: int) -> bytes:
     """A number as an 8-byte immediate."""
     return value.to_bytes(8, "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A place in a function."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """A jump to a place, on a condition: the processor's condition code, None for always."""
+
+    to: str
+    condition: int | None = None
+
+
+EQUAL, NOT_EQUAL, ABOVE = 4, 5, 7
+
+
+def assemble(*parts: bytes | Label | Jump) -> bytes:
+    """A function out of instructions and jumps with 32-bit offsets."""
+    places: dict[str, int] = {}
+    at = 0
+    for part in parts:
+        if isinstance(part, Label):
+            places[part.name] = at
+        else:
+            at += _size(part)
+    code = b""
+    for part in parts:
+        if isinstance(part, Jump):
+            offset = places[part.to] - len(code) - _size(part)
+            start = b"\xe9" if part.condition is None else bytes([0x0F, 0x80 | part.condition])
+            code += start + offset.to_bytes(4, "little", signed=True)
+        elif isinstance(part, bytes):
+            code += part
+    return code
+
+
+def _size(part: bytes | Jump) -> int:
+    if isinstance(part, bytes):
+        return len(part)
+    return 5 if part.condition is None else 6

@@ -255,6 +255,7 @@ class Native:
         if asked is None:
             raise LookupError("stop_interrupt")
         self.code = Code()
+        self.handle, self.emu_stop = handle, owner.emu_stop
         asked.value = self.code.place(owner.kick_stub(words))
         start = self.code.place(owner.start_stub(words, handle, env))
         self.start: Callable[[int], int] = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64)(start)

@@ -25,7 +25,7 @@ from kvmsim.engine.base import BusLock
 from kvmsim.engine.x86 import breakpoints, control, paging, sites
 from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86.delivery import DB
-from kvmsim.engine.x86.lock_code import LockCode
+from kvmsim.engine.x86.lock_code import Expected, LockCode
 from kvmsim.engine.x86.memory import NoMemory
 from kvmsim.engine.x86.registers import FLAG_RF, FLAG_TF, U32, U64
 from kvmsim.engine.x86.sites import Kind, Site
@@ -77,8 +77,7 @@ class Watch:
         self._operands = operands
         self._sites: dict[int, Site] = {}
         self._pages: dict[int, tuple[memoryview, bytes]] = {}
-        self._pending: Site | None = None
-        self._pending_rip = 0
+        self._expected = Expected()
         self._why = Why.NOTHING
         self._new_code: list[tuple[int, int]] = []
         self._flush_code = False
@@ -87,8 +86,10 @@ class Watch:
         self._points_hooked: set[int] = set()
         native = vm.unicorn.native
         self._lock_code = None
+        self._opened = False
         if native is not None:
-            self._lock_code = LockCode(native.code, vm.unicorn.env_address, operands.calm_pages)
+            address, pages = vm.unicorn.env_address, operands.calm_pages
+            self._lock_code = LockCode(native, address, pages, self._expected)
         self.site: Site | None = None
         self.vector = 0
         self.access: tuple[int, int, int, int] | None = None
@@ -105,9 +106,12 @@ class Watch:
         self._cpu = cpu
         self._why = Why.NOTHING
         self.site = None
+        self._open(cpu)
         steps = bool(cpu.registers.flags & FLAG_TF)
         dr6 = cpu.registers.debug(6) if steps else 0
         status = self._unicorn.start(cpu.registers.rip)
+        if self._why is Why.NOTHING and self._expected.lock:
+            self._why = Why.LOCKED  # machine code stopped
         cpu.registers.settle_flags(self._unicorn.flags())
         if steps and self._why is Why.INTERRUPT and self.vector == DB:
             # The emulator has set BS; DR6 changes when the #DB is delivered.
@@ -127,15 +131,24 @@ class Watch:
 
     def take(self, cpu: Cpu) -> BusLock | None:
         """A bus lock that was expected: taken, if RIP went on."""
-        pending = self._pending
-        self.fell_short = pending is not None and cpu.registers.rip == self._pending_rip
-        if pending is None:
+        expected = self._expected
+        self.fell_short = False
+        if not expected.lock:
             return None
-        self._set_pending(None)
-        if self.fell_short:
+        expected.lock = 0
+        registers = cpu.registers
+        if registers.rip == expected.rip:
+            self.fell_short = True
             return None
         cpu.bus_locks += 1
-        return BusLock(cpl=cpu.registers.cpl)
+        return BusLock(cpl=registers.cpl)
+
+    def _open(self, cpu: Cpu) -> None:
+        """Whether machine code may find bus locks by itself, this time."""
+        opened = not (self.stepping or self._vm.policy.fault_like or self._raises_ac(cpu))
+        if opened != self._opened:
+            self._opened = opened
+            self._expected.open = opened
 
     def arm(self, cpu: Cpu) -> None:
         """Stop in front of the code breakpoints a vCPU has at this moment."""
@@ -186,11 +199,6 @@ class Watch:
         self._unicorn.hook_code_at(code, site.address)
         return True
 
-    def _set_pending(self, site: Site | None) -> None:
-        self._pending = site
-        if self._lock_code is not None:
-            self._lock_code.expect(lock=site is not None)
-
     def _disturb(self, site: Site) -> None:
         """Look at every execution of a site from now on."""
         site.calm = frozenset()
@@ -199,7 +207,7 @@ class Watch:
 
     def _behind(self, site: Site) -> None:
         """Execution gets to where a bus lock may just have been taken."""
-        if self._pending is not None and not self.stepping:
+        if self._expected.lock and not self.stepping:
             self._why = Why.LOCKED
             self._unicorn.stop()
         elif site.kind is not Kind.NEXT:
@@ -215,12 +223,11 @@ class Watch:
     def _look(self, site: Site) -> None:
         if self.stepping or self._why is not Why.NOTHING:
             return
-        pending = self._pending
-        if pending is not None:
-            if site.address != pending.address:
+        if self._expected.lock:
+            if self._live.rip != self._expected.rip:
                 self._stop(Why.LOCKED)
                 return
-            self._set_pending(None)
+            self._expected.lock = 0
         if site.ambiguous:
             found = self._site_now(site.address)
             if found is None:
@@ -294,8 +301,9 @@ class Watch:
             return
         if self._lock_code is None:
             following.calm = frozenset()
-        self._set_pending(site)
-        self._pending_rip = self._live.rip
+        else:
+            self._lock_code.arm(site)
+        self._expected.lock, self._expected.rip = 1, self._live.rip
 
     def _on_interrupt(self, vector: int) -> None:
         self.vector = vector
@@ -389,7 +397,7 @@ class Watch:
     @property
     def expects_lock(self) -> bool:
         """Whether a bus lock was about to be taken: :meth:`take` says whether it was."""
-        return self._pending is not None
+        return bool(self._expected.lock)
 
     def forget_code(self) -> None:
         """Forget all translations and what was watched for their sake."""
