@@ -250,6 +250,8 @@ class X86Vm:
                 (why, status), cpu.left = cpu.left, None
                 stop = exits.ended(self, cpu, why, status)
             elif self.meter.expired() or not may_execute:
+                if self._asks_kvm(cpu):
+                    self._take_interrupt(cpu)
                 return None
             else:
                 stop = self._deliver(cpu) or self._step(cpu)
@@ -272,6 +274,10 @@ class X86Vm:
             cpu.wants_window = False
             return IrqWindow()
         return None
+
+    def _asks_kvm(self, cpu: Cpu) -> bool:
+        """Whether it takes an interrupt now whose vector KVM has to say, in its own thread."""
+        return cpu.interrupt is not None and cpu.acknowledge is not None and cpu.interruptible
 
     def _take_interrupt(self, cpu: Cpu) -> None:
         vector, cpu.interrupt = cpu.interrupt, None
@@ -319,8 +325,8 @@ class X86Vm:
         self._working = cpu
         # Looked at behind the line above, kicks being lost otherwise: see kick().
         while not cpu.kicked and not cpu.stops and cpu.left is None and not self.meter.expired():
-            if cpu.interrupt is not None and cpu.acknowledge is not None and cpu.interruptible:
-                break  # KVM is asked for the vector
+            if self._asks_kvm(cpu):
+                break
             stop = self._deliver(cpu)
             if stop is not None:
                 cpu.stops.append(stop)
