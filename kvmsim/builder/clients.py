@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         VmReport,
         WhereCharged,
     )
+    from kvmsim.control.messages import LbrState
 
     Notify = Callable[[str, object], None]
 
@@ -96,6 +97,11 @@ class Clients:
         """Tell every supervisor what limits apply by now, if that has changed."""
         for session in self:
             session.tell_situations()
+
+    def tell_lbr(self, state: LbrState) -> None:
+        """Tell every supervisor whose the last-branch records are."""
+        for session in self:
+            session.tell_lbr(state)
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Tell changes of limits until cancelled."""
@@ -167,7 +173,11 @@ class ClientSession:
         """The machine."""
         host = self._host
         directory = str(host.place.directory) if host.place else ""
-        return Attached(host.name, host.preset, directory)
+        return Attached(host.name, host.preset, directory, host.machine.lbr_facility.taken)
+
+    def tell_lbr(self, state: LbrState) -> None:
+        """The last-branch records were taken from guests, or given back."""
+        self._notify("lbr", state)
 
     # -- keys and charges ------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from kvmsim.builder.clients import Clients
 from kvmsim.builder.files import Files
 from kvmsim.builder.layout import KVM_STATISTICS, host_root
 from kvmsim.builder.process import VmProcess
-from kvmsim.control.messages import HostSnapshot, Resource, StartVm, VmSnapshot
+from kvmsim.control.messages import HostSnapshot, LbrState, Resource, StartVm, VmSnapshot
 from kvmsim.engine.synthetic import parse_guest
 from kvmsim.errors import ConfigError
 from kvmsim.host.accounting import CgroupAccounting
@@ -253,6 +253,16 @@ class Host:
         return self.roots.cgroup_of(caller_pid, self.roots.v2)
 
     # -- watching --------------------------------------------------------------------------------
+
+    def set_lbr(self, state: LbrState) -> LbrState:
+        """Let a program of the host take the last-branch records, or give them back."""
+        facility = self.machine.lbr_facility
+        if state.taken:
+            facility.take()
+        else:
+            facility.release()
+        self.clients.tell_lbr(state)
+        return state
 
     def statistics(self) -> HostSnapshot:
         """The host at a glance."""

@@ -12,6 +12,7 @@ kvmsim = LazyGroup(
     subcommands={
         "down": "kvmsim.cli.down:down_command",
         "info": "kvmsim.cli.info:info_command",
+        "lbr": "kvmsim.cli.lbr:lbr_group",
         "presets": "kvmsim.cli.presets:presets_command",
         "run": "kvmsim.cli.run:run_command",
         "up": "kvmsim.cli.up:up_command",

@@ -5,6 +5,7 @@ import secrets
 from pathlib import Path
 
 import click
+import msgspec
 
 from cgfs.cli.helper import is_generic, parse_helper_call
 from cgfs.cli.mount_options import CONTROLLERS
@@ -34,6 +35,11 @@ SEED_BITS = 32
     help=f"cgroup controllers of its kernel, by commas; without it {','.join(CONTROLLERS)}.",
 )
 @click.option("--seed", type=click.IntRange(0), help="Same seed, same chance of the guests.")
+@click.option(
+    "--split-lock-detect",
+    metavar="MODE",
+    help="Its kernel's option: off, warn, fatal or ratelimit:N; without it the preset's.",
+)
 @click.option("--foreground", is_flag=True, help="Stay, and log to standard error.")
 @click.option(
     "--allow-other",
@@ -45,6 +51,7 @@ def up_command(
     preset: str,
     controllers: str | None,
     seed: int | None,
+    split_lock_detect: str | None,
     foreground: bool,
     allow_other: bool,
 ) -> None:
@@ -57,6 +64,7 @@ def up_command(
         preset,
         _controllers(controllers),
         seed,
+        split_lock_detect=split_lock_detect,
         foreground=foreground,
         allow_other=allow_other,
     )
@@ -67,7 +75,7 @@ def up_command(
 def helper_command(arguments: tuple[str, ...]) -> None:
     """Take the arguments of a mount(8) helper: PRESET DIR [-o OPTIONS]."""
     call = parse_helper_call(arguments)
-    preset, controllers, seed = call.source, None, None
+    preset, controllers, seed, split_lock_detect = call.source, None, None, None
     allow_other = os.geteuid() == 0
     for option in call.options:
         key, _, value = option.partition("=")
@@ -77,6 +85,8 @@ def helper_command(arguments: tuple[str, ...]) -> None:
             controllers = value.replace(":", ",")
         elif key == "seed" and value.isdecimal():
             seed = int(value)
+        elif key == "split_lock_detect":
+            split_lock_detect = value
         elif option == "allow_other":
             allow_other = True
         elif not is_generic(option):
@@ -86,6 +96,7 @@ def helper_command(arguments: tuple[str, ...]) -> None:
         preset,
         _controllers(controllers),
         seed,
+        split_lock_detect=split_lock_detect,
         source=call.source,
         allow_other=allow_other,
         fake=call.fake,
@@ -98,6 +109,7 @@ def start_host(
     controllers: tuple[str, ...],
     seed: int | None,
     *,
+    split_lock_detect: str | None = None,
     source: str = "",
     foreground: bool = False,
     allow_other: bool = False,
@@ -110,6 +122,7 @@ def start_host(
         preset: a name or a file.
         controllers: of its kernel.
         seed: chance of its guests; None picks one.
+        split_lock_detect: option of its kernel; None: the preset's.
         source: what /proc/mounts shows as the device; the preset's name without it.
         foreground: stay in this process.
         allow_other: let other users in.
@@ -122,6 +135,9 @@ def start_host(
         machine = presets.load(preset)
     except ConfigError as error:
         raise explain(error) or error from error
+    if split_lock_detect is not None:
+        kernel = msgspec.structs.replace(machine.kernel, split_lock_detect=split_lock_detect)
+        machine = msgspec.structs.replace(machine, kernel=kernel)
     if fake:
         return
     name = preset if "/" not in preset else str(Path(preset).resolve())

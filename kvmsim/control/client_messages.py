@@ -29,11 +29,14 @@ class Attached(msgspec.Struct, frozen=True):
         name: of its preset.
         preset: the preset itself, as JSON.
         directory: where the host is mounted; empty without a mount.
+        lbr_taken: a program of the host has the last-branch records of all CPUs; the notice ``lbr``
+            tells changes.
     """
 
     name: str
     preset: Preset
     directory: str
+    lbr_taken: bool = False
 
 
 class ForCaller(msgspec.Struct, frozen=True):

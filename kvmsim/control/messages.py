@@ -18,6 +18,16 @@ class Nothing(msgspec.Struct, frozen=True):
     """No parameters, or nothing to tell."""
 
 
+class LbrState(msgspec.Struct, frozen=True):
+    """Parameters and result of ``host.lbr``, and the notice ``lbr`` to supervisors.
+
+    Attributes:
+        taken: a program of the host has the last-branch records of all CPUs.
+    """
+
+    taken: bool
+
+
 class StartVm(msgspec.Struct, frozen=True):
     """Parameters of ``vm.start``.
 

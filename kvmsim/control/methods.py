@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from cgfs.control.errors import CommandError
 from cgfs.control.server import Method, Peer
 from kvmsim.control.explain import explain
-from kvmsim.control.messages import HostSnapshot, NamedVm, Nothing, StartVm, VmSnapshot
+from kvmsim.control.messages import HostSnapshot, LbrState, NamedVm, Nothing, StartVm, VmSnapshot
 
 
 class HostApi(Protocol):
@@ -19,6 +19,9 @@ class HostApi(Protocol):
 
     def statistics(self) -> HostSnapshot:
         """The host at a glance."""
+
+    def set_lbr(self, state: LbrState) -> LbrState:
+        """Takes the last-branch records away from guests, or gives them back."""
 
     def vm_statistics(self) -> list[VmSnapshot]:
         """Every VM, in the order they were started."""
@@ -39,6 +42,9 @@ def host_methods(host: HostApi) -> list[Method]:
     async def info(_params: Nothing, _peer: Peer) -> HostSnapshot:
         return host.statistics()
 
+    async def lbr(params: LbrState, _peer: Peer) -> LbrState:
+        return host.set_lbr(params)
+
     async def list_vms(_params: Nothing, _peer: Peer) -> list[VmSnapshot]:
         return host.vm_statistics()
 
@@ -57,6 +63,7 @@ def host_methods(host: HostApi) -> list[Method]:
 
     return [
         _method("host.info", Nothing, info),
+        _method("host.lbr", LbrState, lbr),
         _method("vm.list", Nothing, list_vms),
         _method("vm.show", NamedVm, show),
         _method("vm.start", StartVm, start),

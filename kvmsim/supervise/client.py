@@ -19,6 +19,7 @@ from kvmsim.errors import KvmError
 from kvmsim.host.machine import Machine
 from kvmsim.kvm.devsev import SevFile
 from kvmsim.kvm.system import System
+from kvmsim.supervise import lbr
 from kvmsim.supervise.accounting import SocketAccounting
 from kvmsim.supervise.connection import HostConnection
 from kvmsim.supervise.faults import Faults
@@ -113,6 +114,7 @@ class HostedClient:
             raise CommandError(str(error)) from error
         self._accounting = SocketAccounting(connection)
         machine = Machine(attached.preset, None, self._accounting)
+        lbr.follow(machine.lbr_facility, connection, taken=attached.lbr_taken)
         self.system = System(machine, f"{attached.name} {attached.directory}".encode())
         self.system.keys = HostKeys(machine, connection)
         self._reporter = Reporter(self.system, connection)

@@ -219,3 +219,16 @@ def test_root_can_use_and_end_the_host_of_a_user(ordinary, fuse):
     assert (info["uid"], runtime) == (65534, Path("/tmp/kvmsim-65534"))
     assert list(runtime.iterdir()) == []
     runtime.rmdir()
+
+
+def test_records_are_taken_from_guests_and_given_back(shell, host):
+    for word in ("take", "take", "release"):
+        done = shell.kvmsim("lbr", word)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_option_of_the_kernel_reaches_the_host(shell, fuse):
+    started = shell.kvmsim("up", "host", "--preset", "lab-intel", "--split-lock-detect", "fatal")
+    assert (started.returncode, started.stderr) == (0, "")
+    assert shell.kvmsim("info").returncode == 0
+    shell.kvmsim("down", shell.home / "host")

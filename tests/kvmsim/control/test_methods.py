@@ -7,7 +7,7 @@ import pytest
 from cgfs.control.errors import CommandError
 from cgfs.control.server import Peer
 from cgfs.errors import ChargeRefused
-from kvmsim.control.messages import NamedVm, Nothing, StartVm, VmSnapshot
+from kvmsim.control.messages import LbrState, NamedVm, Nothing, StartVm, VmSnapshot
 from kvmsim.control.methods import host_methods
 
 PEER = Peer(pid=77, uid=0, gid=0)
@@ -26,6 +26,10 @@ class FakeHost:
 
     def statistics(self):
         return "statistics"
+
+    def set_lbr(self, state):
+        self.lbr = state
+        return state
 
     def vm_statistics(self):
         return [snapshot("a")]
@@ -100,3 +104,8 @@ def test_vm_without_vcpus_is_not_decoded():
 def test_start_refuses_a_name_that_breaks_lines_or_paths(name):
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({"name": name}, StartVm)
+
+
+async def test_records_are_taken_and_given_back(host):
+    assert await call(host, "host.lbr", LbrState(taken=True)) == LbrState(taken=True)
+    assert host.lbr == LbrState(taken=True)
