@@ -12,10 +12,11 @@ async def supervisor(supervise):
     return await supervise()
 
 
-async def until(condition):
+async def until(condition, connection):
     with trio.fail_after(5):
         while not condition():
             await trio.sleep(0.001)
+            connection.poll()
 
 
 def facility_of(supervisor):
@@ -24,15 +25,12 @@ def facility_of(supervisor):
     return facility
 
 
-async def test_a_supervisor_hears_that_the_records_are_taken_and_given_back(
-    served, supervisor, nursery
-):
+async def test_a_supervisor_hears_that_the_records_are_taken_and_given_back(served, supervisor):
     facility = facility_of(supervisor)
-    nursery.start_soon(supervisor.connection.run)
     assert served.host.set_lbr(LbrState(taken=True)) == LbrState(taken=True)
-    await until(lambda: facility.taken)
+    await until(lambda: facility.taken, supervisor.connection)
     served.host.set_lbr(LbrState(taken=False))
-    await until(lambda: not facility.taken)
+    await until(lambda: not facility.taken, supervisor.connection)
     assert facility.takeovers == 1
 
 
