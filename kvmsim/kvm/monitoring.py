@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsim.kvm import lbr, pmu
+from kvmsim.kvm import lapic, lbr, pmu
 
 if TYPE_CHECKING:
     from kvmsim.kvm.vcpu import Vcpu
@@ -34,3 +34,33 @@ def write(vcpu: Vcpu, index: int, value: int, *, host_initiated: bool) -> bool:
     if lbr.owns(index):
         return lbr.write(vcpu, index, value)
     return pmu.write(vcpu, index, value, host_initiated=host_initiated)
+
+
+# -- overflow ------------------------------------------------------------------------------------
+
+
+def overflow(vcpu: Vcpu, counter: int, now_ns: int) -> bool:
+    """A counter of the guest overflowed, says whoever plays its events; nothing counts here.
+
+    Args:
+        vcpu: the vCPU.
+        counter: its bit in the global registers: 0 to 7 general-purpose, 32 to 34 fixed.
+        now_ns: the present.
+
+    Returns:
+        Whether an interrupt was due and went to the local APIC.
+    """
+    if not pmu.overflowed(vcpu, counter):
+        return False
+    return deliver_pmi(vcpu, now_ns)
+
+
+def deliver_pmi(vcpu: Vcpu, now_ns: int) -> bool:
+    """A performance monitoring interrupt; only an in-kernel APIC delivers one.
+
+    Linux 6.12 pmu.c ``kvm_pmu_deliver_pmi``: the records freeze before the interrupt is requested.
+    """
+    if not vcpu.vm.irqchip:
+        return False
+    lbr.freeze_on_pmi(vcpu)
+    return lapic.of(vcpu).deliver_local(lapic.LVTPC, now_ns)

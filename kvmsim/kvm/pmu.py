@@ -36,6 +36,10 @@ FIXED_CTRL, GLOBAL_STATUS, GLOBAL_CTRL, GLOBAL_OVF_CTRL = 0x38D, 0x38E, 0x38F, 0
 _GLOBAL = frozenset({GLOBAL_STATUS, GLOBAL_CTRL, GLOBAL_OVF_CTRL})
 #: Linux 6.12 pmu_intel.c: what an event select register does not take.
 EVENT_RESERVED = 0xFFFF_FFFF_0020_0000
+#: Enabled, and an interrupt at overflow.
+EVENT_ON_AND_INTERRUPTS = 1 << 22 | 1 << 20
+FIXED_INTERRUPTS = 1 << 3
+FIRST_FIXED_BIT = 32
 OVF_CTRL_ANYWHERE = 3 << 62
 _U64 = (1 << 64) - 1
 
@@ -240,6 +244,22 @@ def _kept(vcpu: Vcpu, index: int, value: int, *, host_initiated: bool) -> int | 
         value &= 0xFFFF_FFFF
         value |= (_U64 << 32) & _U64 if value >> 31 else 0
     return value & width
+
+
+def overflowed(vcpu: Vcpu, counter: int) -> bool:
+    """A counter overflowed: its status bit is set; whether that is to interrupt the guest."""
+    bit = 1 << counter
+    if not _counter_bits(vcpu) & bit or version(vcpu) < 2:
+        return False
+    values = of(vcpu).values
+    values[GLOBAL_STATUS] = values.get(GLOBAL_STATUS, 0) | bit
+    if counter >= FIRST_FIXED_BIT:
+        control = values.get(FIXED_CTRL, 0) >> 4 * (counter - FIRST_FIXED_BIT)
+        wanted = bool(control & 3) and bool(control & FIXED_INTERRUPTS)
+    else:
+        select = values.get(EVENT_SELECT + counter, 0)
+        wanted = select & EVENT_ON_AND_INTERRUPTS == EVENT_ON_AND_INTERRUPTS
+    return wanted and bool(values.get(GLOBAL_CTRL, 0) & bit)
 
 
 def _counter_bits(vcpu: Vcpu) -> int:
