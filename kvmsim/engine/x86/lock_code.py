@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86.machine_code import ABOVE, EQUAL, NOT_EQUAL, Jump, Label, assemble, u64
-from kvmsim.engine.x86.registers import RIP, SEGMENTS
+from kvmsim.engine.x86.registers import CC_SRC, RIP, SEGMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,12 +57,16 @@ class Expected(ctypes.Structure):
         lock: whether there is one.
         open: machine code may expect locks by itself.
         rip: of the instruction.
+        met_rip: of the instruction with a callback that came last.
+        met_source: the emulator's operand of lazily computed flags then.
     """
 
     _fields_ = (
         ("lock", ctypes.c_uint32),
         ("open", ctypes.c_uint32),
         ("rip", ctypes.c_uint64),
+        ("met_rip", ctypes.c_uint64),
+        ("met_source", ctypes.c_uint64),
     )
 
 
@@ -95,6 +99,7 @@ class LockCode:
         return self._native.code.place(
             assemble(
                 self._load_expected(),
+                self._met(),
                 b"\x83\x39\x00",  # cmp dword [rcx], 0
                 Jump(_QUIET, EQUAL),
                 b"\x83\x79\x04\x00",  # cmp dword [rcx+4], 0
@@ -117,6 +122,7 @@ class LockCode:
         return self._native.code.place(
             assemble(
                 self._load_expected(),
+                self._met(),
                 b"\x83\x39\x00",  # cmp dword [rcx], 0
                 Jump(_PYTHON, NOT_EQUAL),
                 b"".join(self._address(site, found.operand)),
@@ -161,6 +167,14 @@ class LockCode:
 
     def _load_expected(self) -> bytes:
         return b"\x48\xb9" + u64(ctypes.addressof(self._expected))  # mov rcx, expected
+
+    def _met(self) -> bytes:
+        """Note where execution is, and the operand of flags; RCX: the structure."""
+        return (
+            (b"\x48\xb8" + u64(self._env))  # mov rax, env
+            + (b"\x48\x8b\x90" + _offset(RIP) + b"\x48\x89\x51\x10")  # mov rdx, rip; mov [rcx+16]
+            + (b"\x48\x8b\x90" + _offset(CC_SRC) + b"\x48\x89\x51\x18")  # mov [rcx+24], rdx
+        )
 
     def _address(self, site: Site, operand: d.Operand) -> Iterator[bytes]:
         """RDX: linear address of an operand; RAX: the CPU's state."""

@@ -21,15 +21,15 @@ FLAG_CF, FLAG_TF, FLAG_IF, FLAG_DF = 1, 1 << 8, 1 << 9, 1 << 10
 FLAG_NT, FLAG_RF, FLAG_VM, FLAG_AC = 1 << 14, 1 << 16, 1 << 17, 1 << 18
 FLAG_IOPL_SHIFT = 12
 CR0_AM = 1 << 18
-_STATUS_FLAGS = 0x8D5  # CF PF AF ZF SF OF
+_STATUS_FLAGS = STATUS_FLAGS = 0x8D5  # CF PF AF ZF SF OF
 _FLAGS_VALID = 0x3F_7FD7
 
 # Offsets in bytes.
 _RIP, _EFLAGS, _CC_SRC, _CC_OP, _DF, _HFLAGS = 128, 136, 152, 168, 172, 176
 #: Where the privilege level is, in the lowest two bits.
 HFLAGS = _HFLAGS
-#: Where RIP is.
-RIP = _RIP
+#: Where RIP is, and the operand of flags.
+RIP, CC_SRC = _RIP, _CC_SRC
 SEGMENTS = 184
 _SEGMENT_BYTES = 24
 _CR, _EFER, _XMM = 424, 592, 824

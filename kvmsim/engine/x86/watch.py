@@ -27,12 +27,13 @@ from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86.delivery import DB
 from kvmsim.engine.x86.lock_code import Expected, LockCode
 from kvmsim.engine.x86.memory import NoMemory
-from kvmsim.engine.x86.registers import FLAG_RF, FLAG_TF, U32, U64
+from kvmsim.engine.x86.registers import CC_SRC, FLAG_RF, FLAG_TF, RIP, STATUS_FLAGS, U32, U64
 from kvmsim.engine.x86.sites import Kind, Site
 
 if TYPE_CHECKING:
     from kvmsim.engine.x86.cpu import Cpu
     from kvmsim.engine.x86.operands import Operands
+    from kvmsim.engine.x86.registers import Registers
     from kvmsim.engine.x86.vm import X86Vm
 
 PAGE = 4096
@@ -52,6 +53,9 @@ class Why(Enum):
     INVALID = auto()
     ACCESS = auto()  # memory that is not there
     BREAKPOINT = auto()  # in front of an instruction with a breakpoint
+
+
+_FAULTS = (Why.INTERRUPT, Why.INVALID, Why.ACCESS)
 
 
 class Watch:
@@ -90,6 +94,7 @@ class Watch:
         if native is not None:
             address, pages = vm.unicorn.env_address, operands.calm_pages
             self._lock_code = LockCode(native, address, pages, self._expected)
+        self._source = 0
         self.site: Site | None = None
         self.vector = 0
         self.access: tuple[int, int, int, int] | None = None
@@ -113,6 +118,8 @@ class Watch:
         if self._why is Why.NOTHING and self._expected.lock:
             self._why = Why.LOCKED  # machine code stopped
         cpu.registers.settle_flags(self._unicorn.flags())
+        if self._why in _FAULTS:
+            self._settle_faulting_flags(cpu.registers)
         if steps and self._why is Why.INTERRUPT and self.vector == DB:
             # The emulator has set BS; DR6 changes when the #DB is delivered.
             cpu.registers.set_debug(6, dr6)
@@ -207,6 +214,7 @@ class Watch:
 
     def _behind(self, site: Site) -> None:
         """Execution gets to where a bus lock may just have been taken."""
+        self._met()
         if self._expected.lock and not self.stepping:
             self._why = Why.LOCKED
             self._unicorn.stop()
@@ -214,6 +222,7 @@ class Watch:
             self._look(site)
 
     def _at_breakpoint(self, address: int) -> None:
+        self._met()
         if self._why is Why.NOTHING and not self.stepping and self._breaks(address):
             self._stop(Why.BREAKPOINT)
 
@@ -221,6 +230,7 @@ class Watch:
         return address in self._points and not self._live.flags & FLAG_RF
 
     def _look(self, site: Site) -> None:
+        self._met()
         if self.stepping or self._why is not Why.NOTHING:
             return
         if self._expected.lock:
@@ -305,15 +315,33 @@ class Watch:
             self._lock_code.arm(site)
         self._expected.lock, self._expected.rip = 1, self._live.rip
 
+    def _met(self) -> None:
+        """Note where execution is, and the operand of flags."""
+        self._expected.met_rip = self._q[RIP // 8]
+        self._expected.met_source = self._q[CC_SRC // 8]
+
+    def _settle_faulting_flags(self, registers: Registers) -> None:
+        """Put the flags right of an instruction that has a callback and faulted.
+
+        For the callback the emulator computed them and keeps them as the operand of flags it has
+        computed; but at a fault it takes the operand for one of the computation that came before.
+        """
+        same = self._expected.met_rip == registers.q[RIP // 8]
+        if same and self._source != self._expected.met_source:
+            registers.flags = registers.flags & ~STATUS_FLAGS | self._source & STATUS_FLAGS
+
     def _on_interrupt(self, vector: int) -> None:
+        self._source = self._q[CC_SRC // 8]
         self.vector = vector
         self._stop(Why.INTERRUPT)
 
     def _on_invalid(self) -> None:
+        self._source = self._q[CC_SRC // 8]
         self._stop(Why.INVALID)
 
     def on_access(self, kind: int, gpa: int, size: int, value: int) -> None:
         """An access does not go through."""
+        self._source = self._q[CC_SRC // 8]
         self.access = (kind, gpa, size, value)
         self._why = Why.ACCESS
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvmsim.engine.base import Hlt
+from kvmsim.engine.base import BusLock, Hlt
 from kvmsim.engine.x86 import registers as r
 
 CODE, HANDLER, STACK = 0x1000, 0x2000, 0x6000
@@ -71,3 +71,39 @@ def test_crc32_and_movbe_exist(guest):
     guest.set_word(0x8000, 0x01020304, 4)
     assert isinstance(guest.run(), Hlt)
     assert guest.q[r.RAX] == 0x04030201
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "f0 ff 07",  # a locked instruction
+        "0f 22 d8",  # mov cr3, rax: a site that faults by itself
+    ],
+)
+def test_flags_computed_before_a_watched_instruction_survive_its_fault(guest, code):
+    guest.long("38 d1", code, HLT, ring=3).gate(13, HANDLER).gate(14, HANDLER)  # cmp cl, dl
+    guest.map_page(HOLE, 0, 0)
+    guest.put(HANDLER, HLT)
+    guest.q[r.RDI], guest.q[r.RCX], guest.q[r.RDX] = HOLE, 4, 0xF4
+    for _ in range(2):
+        assert isinstance(guest.run(), Hlt)
+        pushed = guest.word(guest.q[r.RSP] + 24, 8)
+        assert pushed & 0x8D5 == 0x01
+        guest.long(ring=3).map_page(HOLE, 0, 0)
+        guest.r.flags = 2
+
+
+def test_flags_survive_the_fault_of_what_follows_a_bus_lock(guest):
+    # stc; lock dec dword [rdi]; mov eax, [rsi]
+    guest.long("f9", "f0 ff 0f", "8b 06", HLT).gate(14, HANDLER)
+    guest.put(HANDLER, HLT)
+    guest.q[r.RSI] = HOLE
+    for at in (0x803E, 0x803E, 0x8000, 0x803E):
+        guest.long().map_page(HOLE, 0, 0)
+        guest.q[r.RDI] = at
+        guest.set_word(at, 0x80000000, 4)
+        stop = guest.run()
+        while isinstance(stop, BusLock):
+            stop = guest.run()
+        assert isinstance(stop, Hlt)
+        assert guest.word(guest.q[r.RSP] + 24, 8) & 0x8D5 == 0x815
