@@ -112,6 +112,11 @@ class BranchFeed:
         self._callbacks: list[object] = []
         self._next: Any = None
 
+    @property
+    def active(self) -> bool:
+        """Whether anything is watched."""
+        return self._hook is not None
+
     # -- on and off ------------------------------------------------------------------------------
 
     def watch(self, cpu: Cpu) -> None:

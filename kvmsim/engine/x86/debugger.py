@@ -27,7 +27,7 @@ PUSHF = 0x9C
 
 def is_needed(cpu: Cpu) -> bool:
     """Whether a vCPU is to be executed instruction by instruction."""
-    if cpu.steps or cpu.creeps or cpu.registers.checks_alignment:
+    if cpu.creeps or cpu.steps or cpu.registers.checks_alignment:
         return True
     if not breakpoints.armed(cpu):
         return False

@@ -43,7 +43,7 @@ class Meter:
     ) -> None:
         self._unicorn = unicorn
         self._words = (ctypes.c_int64 * 3)(0, 0, unicorn.stop_address)
-        self._given = 0
+        self._given = self._charged = 0
         machine = None if native is False else unicorn.native
         self._kicks = None if counts else machine
         if self._kicks is None:
@@ -81,14 +81,19 @@ class Meter:
 
     def start(self, size_bytes: int) -> None:
         """Allow so many bytes of code."""
+        if self._kicks is not None:
+            self._charged = 0
+            self._kicks.rearm()
+            return
         self._given = self._words[0] = size_bytes
         self._words[1] = 0
-        if self._kicks is not None:
-            self._kicks.rearm()
 
     def charge(self, size_bytes: int) -> None:
         """Count work that is not code."""
-        self._words[0] -= size_bytes
+        if self._kicks is not None:
+            self._charged += size_bytes
+        else:
+            self._words[0] -= size_bytes
 
     def kick(self) -> None:
         """Stop at the start of the next block; from any thread."""
@@ -99,6 +104,8 @@ class Meter:
 
     def used(self) -> int:
         """Bytes of code entered since the start."""
+        if self._kicks is not None:
+            return self._charged
         return self._given - int(self._words[0])
 
     def expired(self) -> bool:

@@ -43,6 +43,7 @@ _SEARCH_WORDS = 200
 _WRITES = (20, 22)  # UC_MEM_WRITE_UNMAPPED, UC_MEM_WRITE_PROT
 _RFLAGS = 253
 _OLD_EXCEPTION = 5496
+_CC_SRC, _CC_OP, _STATUS_FLAGS = 152, 168, 0x8D5
 
 
 def _call(address: int) -> bytes:
@@ -160,7 +161,7 @@ class Process:
         return None
 
     def start_stub(self, words: int, handle: int, env: int) -> bytes:
-        """(address) -> error number, with RFLAGS in the words."""
+        """(address) -> error number, with RFLAGS in the words and settled."""
 
         def is_in_guest(value: bytes) -> bytes:
             return _load("rdi", self._key) + value + _call(self._set)
@@ -182,7 +183,22 @@ class Process:
             + _load("rsi", _RFLAGS)
             + _load("rdx", words + 8 * FLAGS)
             + _call(self.reg_read)
+            + self._settle_flags(words, env)
             + b"\x89\xd8\x5b\xc3"  # mov eax, ebx; pop rbx; ret
+        )
+
+    def _settle_flags(self, words: int, env: int) -> bytes:
+        """Note flags that were computed lazily, as ``Registers.settle_flags`` does."""
+        return (
+            _load("rcx", words + 8 * FLAGS)
+            + b"\x48\x8b\x01\x25"  # mov rax, [rcx]; and eax, the status flags
+            + _STATUS_FLAGS.to_bytes(4, "little")
+            + _load("rcx", env)
+            + b"\x48\x89\x81"  # mov [rcx + ...], rax
+            + _CC_SRC.to_bytes(4, "little")
+            + b"\xc7\x81"  # mov dword [rcx + ...], 1
+            + _CC_OP.to_bytes(4, "little")
+            + b"\x01\x00\x00\x00"
         )
 
     def kick_stub(self, words: int) -> bytes:

@@ -47,6 +47,8 @@ def single(vm: X86Vm, cpu: Cpu, *, restores_flags: bool = False) -> Why:
             watch.stepping = False
         if not restores_flags or why is not Why.INTERRUPT:
             registers.flags &= ~r.FLAG_TF | guests
+    # The emulator derives from flags set from outside what an instruction that loads them leaves.
+    registers.flags = registers.flags
     software = registers.d[EXCEPTION_IS_INT]
     if why is Why.INTERRUPT and watch.vector == DB and not software:
         registers.set_debug(6, before)

@@ -207,22 +207,24 @@ class X86Vm:
             bus locks, behind it for HLT and trap-like ones. ``after_ns`` is guest time since the
             last stop; ``insn_len`` is always 0, for RIP is right already.
         """
-        if self.must_wait(cpu):
+        if self._out and self.must_wait(cpu):
             return self._hand_out(cpu, self._no_work)
         if cpu.pending and not cpu.stops and cpu.left is None:
             msg = "the last stop was not completed"
             raise RuntimeError(msg)
         self._out.discard(cpu)
-        self.load(cpu)
+        if self._current is not cpu or self._stale_translations:
+            self.load(cpu)
         self.watch.check_code()
-        self.branches.watch(cpu)
+        if cpu.lbr is not None or self.branches.active:
+            self.branches.watch(cpu)
         stop = self._run(cpu, allowance_ns)
         if isinstance(stop, BusLock) or stop.bus_lock:
             cpu.guest_ns += BUS_LOCK_NS
         stop.cpl = cpu.registers.cpl
         stop.after_ns = cpu.guest_ns - cpu.stopped_ns if self.paced else 0
         cpu.stopped_ns = cpu.guest_ns
-        if self._out - {cpu}:
+        if self._out and self._out - {cpu}:
             # KVM may look at it while another one executes.
             self._save()
         return stop
@@ -243,20 +245,21 @@ class X86Vm:
 
     def _until_stop(self, cpu: Cpu, *, may_execute: bool) -> Stop | None:
         """The next stop; None: the allowance is used up before."""
-        while True:
+        stop = None
+        if cpu.left is not None and not cpu.stops:
+            (why, status), cpu.left = cpu.left, None
+            stop = exits.ended(self, cpu, why, status)
+        expired = not may_execute
+        while stop is None:
             if cpu.stops:
                 return cpu.stops.pop(0)
-            if cpu.left is not None:
-                (why, status), cpu.left = cpu.left, None
-                stop = exits.ended(self, cpu, why, status)
-            elif self.meter.expired() or not may_execute:
+            if expired:
                 if self._asks_kvm(cpu):
                     self._take_interrupt(cpu)
                 return None
-            else:
-                stop = self._deliver(cpu) or self._step(cpu)
-            if stop is not None:
-                return stop
+            stop = self._deliver(cpu) or self._step(cpu)
+            expired = stop is None and self.meter.expired()
+        return stop
 
     def _deliver(self, cpu: Cpu) -> Stop | None:
         """Deliver what is queued; the stop of a VMM that waits for a window."""
@@ -264,12 +267,13 @@ class X86Vm:
             return stop
         if cpu.interrupt is not None and cpu.interruptible:
             self._take_interrupt(cpu)
-        try:
-            self._inject(cpu)
-        except TripleFault:
-            return Shutdown()
-        except Unsupported:
-            return InternalError(suberror=3)
+        if cpu.events:
+            try:
+                self._inject(cpu)
+            except TripleFault:
+                return Shutdown()
+            except Unsupported:
+                return InternalError(suberror=3)
         if cpu.wants_window and cpu.interruptible:
             cpu.wants_window = False
             return IrqWindow()

@@ -27,7 +27,16 @@ from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86.delivery import DB
 from kvmsim.engine.x86.lock_code import Expected, LockCode
 from kvmsim.engine.x86.memory import NoMemory
-from kvmsim.engine.x86.registers import CC_SRC, FLAG_RF, FLAG_TF, RIP, STATUS_FLAGS, U32, U64
+from kvmsim.engine.x86.registers import (
+    CC_SRC,
+    EFLAGS,
+    FLAG_RF,
+    FLAG_TF,
+    RIP,
+    STATUS_FLAGS,
+    U32,
+    U64,
+)
 from kvmsim.engine.x86.sites import Kind, Site
 
 if TYPE_CHECKING:
@@ -91,6 +100,8 @@ class Watch:
         native = vm.unicorn.native
         self._lock_code = None
         self._opened = False
+        self._start = vm.unicorn.start if native is None else native.start
+        self._settles = native is not None
         if native is not None:
             address, pages = vm.unicorn.env_address, operands.calm_pages
             self._lock_code = LockCode(native, address, pages, self._expected)
@@ -112,17 +123,19 @@ class Watch:
         self._why = Why.NOTHING
         self.site = None
         self._open(cpu)
-        steps = bool(cpu.registers.flags & FLAG_TF)
-        dr6 = cpu.registers.debug(6) if steps else 0
-        status = self._unicorn.start(cpu.registers.rip)
+        registers = cpu.registers
+        steps = registers.q[EFLAGS // 8] & FLAG_TF
+        dr6 = registers.debug(6) if steps else 0
+        status = self._start(registers.q[RIP // 8])
         if self._why is Why.NOTHING and self._expected.lock:
             self._why = Why.LOCKED  # machine code stopped
-        cpu.registers.settle_flags(self._unicorn.flags())
+        if not self._settles:
+            registers.settle_flags(self._unicorn.flags())
         if self._why in _FAULTS:
-            self._settle_faulting_flags(cpu.registers)
+            self._settle_faulting_flags(registers)
         if steps and self._why is Why.INTERRUPT and self.vector == DB:
             # The emulator has set BS; DR6 changes when the #DB is delivered.
-            cpu.registers.set_debug(6, dr6)
+            registers.set_debug(6, dr6)
         if self._flush_code:
             self._unicorn.flush_code()
             self._flush_code = False
@@ -130,10 +143,11 @@ class Watch:
             for begin, end in self._new_code:
                 self._unicorn.drop_code(begin, end)
             self._new_code.clear()
-        self._vm.branches.stopped(
-            trapped=self._why is Why.INTERRUPT and self.vector == DB,
-            kicked=self._why is Why.NOTHING,
-        )
+        if self._vm.branches.active:
+            self._vm.branches.stopped(
+                trapped=self._why is Why.INTERRUPT and self.vector == DB,
+                kicked=self._why is Why.NOTHING,
+            )
         return self._why, status
 
     def take(self, cpu: Cpu) -> BusLock | None:
@@ -159,6 +173,12 @@ class Watch:
 
     def arm(self, cpu: Cpu) -> None:
         """Stop in front of the code breakpoints a vCPU has at this moment."""
+        if (
+            not self._points
+            and not self._live.q[EFLAGS // 8] & FLAG_RF
+            and not breakpoints.armed(cpu)
+        ):
+            return
         self._points = breakpoints.code_addresses(cpu) if breakpoints.armed(cpu) else frozenset()
         if not self._points:
             # Nobody asks, and the emulator would keep it for a whole block.
