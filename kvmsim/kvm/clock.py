@@ -6,6 +6,7 @@ starts with the VM, its vCPUs' counters with its first vCPU.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from errno import EINVAL, ENXIO
 from typing import TYPE_CHECKING
 
@@ -53,17 +54,40 @@ class VmClock:
     Attributes:
         started_ns: when kvmclock was 0; None until somebody looks.
         tsc_khz: frequency of vCPUs made from here on.
-        tsc_start: the host's counter when the first vCPU was made; None before.
+        written: the last write of a counter that user space or a new vCPU made.
+        tsc_offset: guest counter minus (scaled) host counter of vCPUs that are in step.
+        user_set_tsc: user space has written a counter.
         changes: how often the relation between counters and kvmclock has become another.
     """
 
-    __slots__ = ("changes", "started_ns", "tsc_khz", "tsc_start")
+    __slots__ = ("changes", "started_ns", "tsc_khz", "tsc_offset", "user_set_tsc", "written")
 
     def __init__(self, vm: Vm) -> None:
         self.started_ns: int | None = None
         self.tsc_khz = vm.machine.preset.tsc_khz
-        self.tsc_start: int | None = None
+        self.written: TscWrite | None = None
+        self.tsc_offset = 0
+        self.user_set_tsc = False
         self.changes = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TscWrite:
+    """A write of a time-stamp counter.
+
+    Attributes:
+        value: what was written.
+        now_ns: when.
+        tsc_khz: frequency of the counter.
+    """
+
+    value: int
+    now_ns: int
+    tsc_khz: int
+
+    def cycles_later(self, now_ns: int) -> int:
+        """What the counter is now."""
+        return self.value + (now_ns - self.now_ns) * self.tsc_khz // 1_000_000
 
 
 class VcpuClock:
@@ -124,11 +148,25 @@ def host_tsc(machine: Machine, now_ns: int) -> int:
 
 
 def vcpu_created(vcpu: Vcpu, now_ns: int) -> None:
-    """A vCPU was made: its counter is in step with the VM's first."""
-    clock = of(vcpu.vm)
-    if clock.tsc_start is None:
-        clock.tsc_start = now_ns * clock.tsc_khz // 1_000_000
-    of_vcpu(vcpu).offset = -clock.tsc_start & U64_MASK
+    """A vCPU was made: its counter is in step with the others'."""
+    _synchronize(vcpu, 0, now_ns)
+
+
+def _synchronize(vcpu: Vcpu, value: int, now_ns: int) -> None:
+    """Write a counter. What looks like an attempt to keep vCPUs in step keeps them so.
+
+    That is a zero, as for a new vCPU, and what is within a second of where the counter would be;
+    the vCPU then gets the offset of the others (Linux 6.12 x86.c kvm_synchronize_tsc).
+    """
+    vm, own = of(vcpu.vm), of_vcpu(vcpu)
+    last, khz = vm.written, own.tsc_khz
+    in_step = value == 0
+    if value and vm.user_set_tsc and last is not None:
+        in_step = abs(value - last.cycles_later(now_ns)) < khz * 1000
+    if not (in_step and last is not None and last.tsc_khz == khz):
+        vm.tsc_offset = value - now_ns * khz // 1_000_000 & U64_MASK
+    vm.written = TscWrite(value, now_ns, khz)
+    own.offset = vm.tsc_offset
 
 
 def guest_tsc(vcpu: Vcpu, now_ns: int) -> int:
@@ -138,9 +176,9 @@ def guest_tsc(vcpu: Vcpu, now_ns: int) -> int:
 
 
 def set_guest_tsc(vcpu: Vcpu, value: int, now_ns: int) -> None:
-    """Make RDTSC give a value now."""
-    clock = of_vcpu(vcpu)
-    clock.offset = value - now_ns * clock.tsc_khz // 1_000_000 & U64_MASK
+    """User space writes IA32_TSC."""
+    _synchronize(vcpu, value, now_ns)
+    of(vcpu.vm).user_set_tsc = True
     changed(vcpu.vm)
 
 

@@ -63,3 +63,29 @@ def test_frequency_beyond_what_scaling_can_do(vm):
     with pytest.raises(KvmError) as error:
         vm.ioctl(ioctls.KVM_SET_TSC_KHZ, 256 * GHZ)
     assert error.value.errno == EINVAL
+
+
+@pytest.fixture
+def pair(vm):
+    """Two vCPUs, the first of which user space has set to 1 << 50 at 10 seconds."""
+    vcpus = [vm.ioctl(ioctls.KVM_CREATE_VCPU, number) for number in range(2)]
+    clock.set_guest_tsc(vcpus[0], 1 << 50, 10 * SECOND)
+    return vcpus
+
+
+def test_a_new_vcpu_is_in_step_with_what_was_written(vm, pair):
+    third = vm.ioctl(ioctls.KVM_CREATE_VCPU, 2, now_ns=20 * SECOND)
+    assert clock.guest_tsc(third, 20 * SECOND) == (1 << 50) + 10 * SECOND
+
+
+@pytest.mark.parametrize("value", [0, (1 << 50) + 5 * SECOND - 999_999_999])
+def test_a_zero_and_almost_the_same_keep_vcpus_in_step(pair, value):
+    """The counter was read elsewhere a moment ago: five seconds after the write, up to one off."""
+    clock.set_guest_tsc(pair[1], value, 15 * SECOND)
+    assert clock.guest_tsc(pair[1], 15 * SECOND) == (1 << 50) + 5 * SECOND
+
+
+def test_another_value_is_taken_and_leaves_the_other_vcpu_alone(pair):
+    clock.set_guest_tsc(pair[1], 1 << 40, 15 * SECOND)
+    assert clock.guest_tsc(pair[1], 15 * SECOND) == 1 << 40
+    assert clock.guest_tsc(pair[0], 15 * SECOND) == (1 << 50) + 5 * SECOND
