@@ -161,8 +161,8 @@ def kvm_run(vcpu: Vcpu, now_ns: int) -> Blocked | None:
             raise KvmError(EINTR, "immediate_exit")
         return _wait_for_start(vcpu)
     take_over_page(vcpu)
-    if vcpu.pending is not None:
-        _complete(vcpu)
+    if vcpu.pending is not None and _complete(vcpu, now_ns):
+        return None
     if vcpu.intercepted:
         bus_lock.compare_rip(vcpu)
     if immediate_exit:
@@ -444,14 +444,18 @@ def _exit_reason(vcpu: Vcpu, stop: Stop, now_ns: int) -> int | None:
     return reason
 
 
-def _complete(vcpu: Vcpu) -> None:
-    """Finish the I/O of the previous exit: the answer goes in and RIP moves on."""
+def _complete(vcpu: Vcpu, now_ns: int) -> bool:
+    """Finish the I/O of the previous exit: the answer goes in and RIP moves on.
+
+    Returns:
+        Whether the instruction has something else to say, which is in the page.
+    """
     stop, vcpu.pending = vcpu.pending, None
     if vcpu.rip != vcpu.pending_rip:
         # User space went elsewhere: the instruction is abandoned (kvm.md F.4).
         vcpu.stop = None
         vcpu.io_done = 0
-        return
+        return False
     if isinstance(stop, Io):
         exits.complete_io(vcpu, stop)
     elif isinstance(stop, Mmio):
@@ -461,5 +465,14 @@ def _complete(vcpu: Vcpu) -> None:
     # An engine with an instruction in the middle ends it now, not at entry: user space may look at
     # the registers in between.
     settle = getattr(vcpu.engine, "settle", None)
-    if settle is not None:
-        settle(vcpu)
+    if settle is None:
+        return False
+    # An instruction with several accesses: the next one is due also for a run that does not enter
+    # (Linux 6.12 x86.c complete_emulated_mmio).
+    while (rest := settle(vcpu)) is not None:
+        vcpu.stop = rest
+        reason = _exit_reason(vcpu, rest, now_ns)
+        if reason is not None:
+            leave(vcpu, reason, 0)
+            return True
+    return False

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from kvmsim.engine.base import Executing
+from kvmsim.engine.base import Debug, Executing, Mmio
 from kvmsim.engine.x86 import breakpoints
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class X86Guest:
         cpu = self.cpu
         if cpu.vm.must_wait(cpu):
             return self._out(cpu.vm.run(cpu))
-        self.settle(vcpu)
+        self._settle(vcpu)
         stop = cpu.vm.run(cpu, getattr(vcpu, "allowance_ns", None))
         self._store()
         return self._out(stop)
@@ -95,12 +95,20 @@ class X86Guest:
         """Payload of the #DB that is due, which KVM merges with one of its own; then none is."""
         return breakpoints.take(self.cpu)
 
-    def settle(self, vcpu: GuestVcpu) -> None:
+    def settle(self, vcpu: GuestVcpu) -> Stop | None:
         """Finish the instruction of the last stop with what user space answered.
 
         For whoever shows registers between KVM's completion of an exit and the next entry: a
         KVM_RUN with ``immediate_exit`` completes and returns. Doing it again does nothing.
+
+        Returns:
+            Another access of the same instruction, which is not made before; None: it is done.
         """
+        self._settle(vcpu)
+        stops = self.cpu.stops
+        return stops.pop(0) if stops and isinstance(stops[0], Mmio | Debug) else None
+
+    def _settle(self, vcpu: GuestVcpu) -> None:
         cpu = self.cpu
         if cpu.must_wait:
             return
