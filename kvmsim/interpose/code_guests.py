@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Final
 
-from kvmsim.interpose.executor import Executor, Stuck
+from kvmsim.interpose.executor import Executor, Stuck, Watchdog
 from kvmsim.interpose.guest_memory import GuestMemory
 from kvmsim.kvm.x86.guest import CodeGuests
 
@@ -26,10 +26,6 @@ SWITCH_S: Final = 0.0001
 """How long a thread may keep Python to itself. A guest whose code calls back a million times a
 second wins each race for it; by default the event loop would wait five milliseconds every time."""
 
-INLINE_BYTES: Final = 60_000
-"""Code a guest executes on the event loop before a thread takes over: some 100 us. Most guests
-stop before, and a change of threads takes as long."""
-
 
 class CodeVm:
     """One VM whose guest executes code.
@@ -37,6 +33,7 @@ class CodeVm:
     Args:
         vm: the VM.
         loop: time of the host.
+        watchdog: for code that is executed on the event loop.
 
     Attributes:
         memory: its memory.
@@ -45,9 +42,9 @@ class CodeVm:
 
     __slots__ = ("_loop", "executor", "memory")
 
-    def __init__(self, vm: Vm, loop: RunLoop) -> None:
+    def __init__(self, vm: Vm, loop: RunLoop, watchdog: Watchdog) -> None:
         self.memory = GuestMemory(vm)
-        self.executor = Executor(loop, self.bring, self._after)
+        self.executor = Executor(loop, watchdog, self.bring, self._after)
         self._loop = loop
 
     def bring(self) -> None:
@@ -75,12 +72,13 @@ class CodeVms:
     def __init__(self, loop: RunLoop) -> None:
         self._loop = loop
         self._guests = CodeGuests(
-            inline_bytes=INLINE_BYTES,
+            inline_bytes=0,
             paced=False,
             clock_ns=loop.now_ns,
             on_missing=_say,
         )
         self._vms: dict[Vm, CodeVm] = {}
+        self._watchdog = Watchdog()
         self._switch_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S)
 
@@ -92,7 +90,7 @@ class CodeVms:
         """What belongs to a VM."""
         found = self._vms.get(vm)
         if found is None:
-            found = self._vms[vm] = CodeVm(vm, self._loop)
+            found = self._vms[vm] = CodeVm(vm, self._loop, self._watchdog)
         return found
 
     def pause(self, vm: Vm) -> None:
@@ -145,6 +143,7 @@ class CodeVms:
         """End all threads."""
         for vm in list(self._vms):
             self.ended(vm)
+        self._watchdog.close()
         sys.setswitchinterval(self._switch_s)
 
     def ended(self, vm: Vm) -> None:

@@ -7,14 +7,19 @@ after the other, in the order they came, each in two halves::
     event loop          resume the vCPU, ...                     resume ...
 
 What touches KVM's model happens on the event loop only, and never while ``work`` of the same VM is
-under way. Where several vCPUs want in, each executes for ``TURN_NS`` before it is kicked: a guest
-that waits in a loop for another vCPU of its own gets somewhere.
+under way. Where several vCPUs want in, each keeps its turn for ``TURN_NS`` before it is kicked: a
+guest that waits in a loop for another vCPU of its own gets somewhere. Who comes from its client
+may well be back there soon, and waits for less than that.
+
+Most guests stop before a change of threads is over. So who comes from its client executes on the
+event loop first, where nobody else of the VM wants to; a :class:`Watchdog` ends that in time.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, Protocol
@@ -33,9 +38,6 @@ log = logging.getLogger(__name__)
 
 TURN_NS: Final = 1_000_000
 """How long a vCPU executes while another one of the VM waits."""
-
-SHORT_TURN_NS: Final = 200_000
-"""How long when the other one comes from its client: it may well be back there soon."""
 
 PATIENCE_S: Final = 2.0
 """How long to wait for a guest that was kicked: it looks at every block of its code."""
@@ -62,16 +64,14 @@ class Turn:
     Attributes:
         who: whose it is; None when nobody wants to know any more.
         stop: what to execute; None: nothing, others are to have a turn in between.
-        began_ns: when it began.
         error: what ``work`` failed with.
     """
 
-    __slots__ = ("began_ns", "error", "stop", "who")
+    __slots__ = ("error", "stop", "who")
 
     def __init__(self, who: Executes, stop: Executing | None) -> None:
         self.who: Executes | None = who
         self.stop = stop
-        self.began_ns = 0
         self.error: BaseException | None = None
 
     def kick(self) -> None:
@@ -80,40 +80,111 @@ class Turn:
             self.stop.kick()
 
 
+class Watchdog:
+    """Kicks guest code that keeps the event loop.
+
+    Its thread looks every ``PERIOD_S`` while code executes there now and then, and sleeps when that
+    has not happened for a while: to wake a thread each time would take longer than most guests.
+    """
+
+    PERIOD_S: Final = 0.0001
+    LOOKS: Final = 20
+
+    __slots__ = ("_closed", "_kicked", "_short", "_thread", "_wanted", "_watched")
+
+    def __init__(self) -> None:
+        self._watched: Executing | None = None
+        self._kicked: Executing | None = None
+        self._short: SimpleQueue[Turn] = SimpleQueue()
+        self._closed = False
+        self._wanted = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def execute(self, stop: Executing) -> bool:
+        """Execute guest code here, for one or two periods; whether it stopped by itself."""
+        self._watched = stop
+        if not self._wanted.is_set():
+            self._wake()
+        try:
+            stop.work()
+        finally:
+            self._watched = None
+        return self._kicked is not stop
+
+    def shorten(self, turn: Turn) -> None:
+        """Let a turn end in one or two periods."""
+        self._short.put(turn)
+        if not self._wanted.is_set():
+            self._wake()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed = True
+        self._wanted.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _wake(self) -> None:
+        self._wanted.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def _serve(self) -> None:
+        while not self._closed:
+            self._wanted.wait()
+            last, looks = None, 0
+            while looks < self.LOOKS and not self._closed:
+                nr_short = self._short.qsize()
+                time.sleep(self.PERIOD_S)
+                for _ in range(nr_short):
+                    self._short.get_nowait().kick()
+                seen = self._watched
+                looks = looks + 1 if seen is None else 0
+                if seen is not None and seen is last and seen is not self._kicked:
+                    self._kicked = seen
+                    seen.kick()
+                last = seen
+            self._wanted.clear()
+            if self._watched is not None or self._short.qsize():  # it came in between
+                self._wanted.set()
+
+
 class Executor(Scheduled):
     """Executes the guest code of one VM.
 
     Args:
         loop: time of the host.
+        watchdog: for what is executed on the event loop.
         before: called on the event loop before each turn.
         after: the same behind it.
 
     Attributes:
+        now_ns: the time of the host.
         nr_turns: turns taken so far.
         nr_kicks: turns that were kicked for others.
     """
 
     __slots__ = (
-        *(
-            "nr_turns",
-            "nr_kicks",
-            "_now_ns",
-            "_timeline",
-            "_before",
-            "_after",
-            "_turns",
-            "_current",
-        ),
-        *("_idle", "_jobs", "_thread", "_token", "_handling"),
+        *("nr_turns", "nr_kicks", "now_ns", "_timeline", "_watchdog", "_before", "_after"),
+        *("_turns", "_current", "_handling", "_holder", "_held_since_ns"),
+        *("_idle", "_jobs", "_thread", "_token"),
     )
 
     def __init__(
-        self, loop: RunLoop, before: Callable[[], None], after: Callable[[], None]
+        self,
+        loop: RunLoop,
+        watchdog: Watchdog,
+        before: Callable[[], None],
+        after: Callable[[], None],
     ) -> None:
         super().__init__()
         self.nr_turns = 0
         self.nr_kicks = 0
-        self._now_ns = loop.now_ns
+        self.now_ns = loop.now_ns
+        self._watchdog = watchdog
+        self._holder: Executes | None = None
+        self._held_since_ns = 0
         self._timeline = loop.timeline
         self._before = before
         self._after = after
@@ -139,15 +210,31 @@ class Executor(Scheduled):
             stop: what to execute; None: nothing, but others' turns are to come before.
             comes: its client has just called.
         """
-        self._turns.append(Turn(who, stop))
-        current = self._current
-        if current is None:
+        turn = Turn(who, stop)
+        held_ns = self.now_ns() - self._held_since_ns
+        if self._handling and who is self._holder and stop is not None and held_ns < TURN_NS:
+            self._turns.appendleft(turn)
+        else:
+            self._turns.append(turn)
+        if self._current is None:
             if not self._handling:
                 self._next()
-        elif comes and self._now_ns() - current.began_ns > SHORT_TURN_NS:
-            self._kick_for_others(current)
-        elif not self.ticket:
-            self._timeline.sleep_until(self, self._now_ns() + TURN_NS)
+        elif comes:
+            self.nr_kicks += 1
+            self._holder = None
+            self._watchdog.shorten(self._current)
+        else:
+            self._watch_turn()
+
+    def execute_here(self, stop: Executing) -> bool | None:
+        """Execute a vCPU's code on the event loop for a short time.
+
+        Returns:
+            Whether it stopped by itself; None: it is others' turn.
+        """
+        if self._current is not None or self._turns:
+            return None
+        return self._watchdog.execute(stop)
 
     def kick(self, who: Executes) -> bool:
         """Let somebody's turn end soon, if it has begun; whether it has."""
@@ -206,13 +293,17 @@ class Executor(Scheduled):
         """The present turn has been long enough, if somebody else waits."""
         if not self._turns:
             return
-        if self._current is not None:
-            self._kick_for_others(self._current)
-        self._timeline.sleep_until(self, now_ns + TURN_NS)
+        if self._current is not None and now_ns - self._held_since_ns >= TURN_NS:
+            self.nr_kicks += 1
+            self._holder = None
+            self._current.kick()
+        self._watch_turn()
 
-    def _kick_for_others(self, turn: Turn) -> None:
-        self.nr_kicks += 1
-        turn.kick()
+    def _watch_turn(self) -> None:
+        """Look again when the present turn has been long enough."""
+        if not self.ticket:
+            due_ns = max(self._held_since_ns + TURN_NS, self._timeline.now_ns + TURN_NS // 2)
+            self._timeline.sleep_until(self, due_ns)
 
     def _wait(self) -> None:
         if not self._idle.wait(PATIENCE_S):
@@ -232,7 +323,10 @@ class Executor(Scheduled):
             turn = again
         self._current = turn
         self.nr_turns += 1
-        turn.began_ns = self._now_ns()
+        if turn.who is not self._holder:
+            self._holder, self._held_since_ns = turn.who, self.now_ns()
+        if self._turns:
+            self._watch_turn()
         if turn.stop is None:
             self._token.run_sync_soon(self._over, turn)
             return

@@ -18,6 +18,7 @@ from kvmsim.vmm.timeline import Scheduled
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvmsim.engine.base import Executing
     from kvmsim.interpose.clients import Thread
     from kvmsim.interpose.executor import Executor
     from kvmsim.interpose.notify import Notification
@@ -79,7 +80,7 @@ class Run(Scheduled):
     __slots__ = (
         *("vcpu", "phase", "notification", "thread", "waiting", "release_due"),
         *("look_at_ns", "look_after_ns", "executor", "is_due"),
-        *("_timeline", "_done", "_enters", "_burst_ns", "_interrupted"),
+        *("_timeline", "_done", "_enters", "_burst_ns", "_interrupted", "_short"),
     )
 
     def __init__(
@@ -105,10 +106,15 @@ class Run(Scheduled):
         self._enters = enters
         self._burst_ns = 0
         self._interrupted = False
+        self._short = True
         vcpu.on_wake = self._woken
 
+    def begin(self) -> None:
+        """KVM_RUN was called: guest code may execute on the event loop for a while."""
+        self._short = True
+
     def pass_through(self, blocked: Blocked, now_ns: int) -> Blocked | None:
-        """Let the guest make all the stops that take no time.
+        """Let the guest make all the stops that take no time, or not much.
 
         Returns:
             What is left to wait for; None: KVM_RUN returns 0.
@@ -118,10 +124,23 @@ class Run(Scheduled):
         """
         left: Blocked | None = blocked
         for _ in range(MAX_INLINE if self.executor is None else MAX_INLINE_CODE):
-            if type(left) is not InGuest or left.guest_ns or left.work is not None:
+            if type(left) is not InGuest or left.guest_ns:
                 break
+            if left.work is not None:
+                if not self._execute_here(left.work):
+                    break
+                assert self.executor is not None
+                now_ns = self.executor.now_ns()
             left = self.vcpu.resume(now_ns)
         return left
+
+    def _execute_here(self, stop: Executing) -> bool:
+        """Execute guest code on the event loop; whether that was done."""
+        if not self._short or self.executor is None:
+            return False
+        ended = self.executor.execute_here(stop)
+        self._short = bool(ended)
+        return ended is not None
 
     def wait(
         self, blocked: Blocked, notification: Notification, thread: Thread, now_ns: int
@@ -179,6 +198,7 @@ class Run(Scheduled):
         """Guest code was executed; see ``executor``."""
         now_ns = self._timeline.now_ns
         self._timeline.drop(self)
+        self._short = False
         self.is_due = False
         if error is not None:
             self._failed(error)

@@ -467,9 +467,15 @@ class Supervisor:
             return True
         run = self._runs[vcpu]
         try:
+            run.begin()
             left = vcpu.kvm_run(now_ns)
             if left is not None:
                 left = run.pass_through(left, now_ns)
+        except KvmError:
+            raise
+        except Exception:
+            fail(vcpu)
+            raise
         finally:
             if self._code is not None:
                 self._code.take_back(vcpu.vm)

@@ -5,7 +5,7 @@ import trio
 
 from kvmsim.engine.base import Executing
 from kvmsim.interpose import executor as module
-from kvmsim.interpose.executor import Executor, Stuck
+from kvmsim.interpose.executor import Executor, Stuck, Watchdog
 from kvmsim.vmm.run_loop import RunLoop
 from kvmsim.vmm.timeline import Timeline
 
@@ -59,9 +59,11 @@ async def log():
 async def executor(log, nursery):
     loop = RunLoop(Timeline())
     await nursery.start(loop.run)
-    made = Executor(loop, lambda: log.append("before"), lambda: log.append("after"))
+    watchdog = Watchdog()
+    made = Executor(loop, watchdog, lambda: log.append("before"), lambda: log.append("after"))
     yield made
     made.close()
+    watchdog.close()
 
 
 async def test_code_executes_on_a_thread_between_before_and_after(executor, log):
@@ -73,24 +75,52 @@ async def test_code_executes_on_a_thread_between_before_and_after(executor, log)
     assert not executor.is_executing
 
 
-async def test_next_turn_begins_when_the_last_one_was_heard(executor, log):
+@pytest.mark.parametrize(
+    ("turn_ns", "order"), [(0, "a a a b b b a a a"), (10**12, "a a a a a a b b b")]
+)
+async def test_next_turn_begins_when_the_last_one_was_heard_and_was_long_enough(
+    executor, log, monkeypatch, turn_ns, order
+):
+    monkeypatch.setattr(module, "TURN_NS", turn_ns)
     first, second = Code("a", log, executor, turns=2), Code("b", log, executor)
     first.hand_over()
     second.hand_over()
     await first.over.wait()
     await second.over.wait()
-    told = [line for line in log if line[0] in "ab" and line[1] == " "]
-    assert told == [
-        "a in",
-        "a out",
-        "a heard",
-        "b in",
-        "b out",
-        "b heard",
-        "a in",
-        "a out",
-        "a heard",
-    ]
+    told = [line.split() for line in log if " " in line]
+    assert " ".join(name for name, _ in told) == order
+    assert [what for _, what in told] == ["in", "out", "heard"] * 3
+
+
+async def test_who_comes_from_its_client_shortens_the_turn_of_others(executor, log, monkeypatch):
+    monkeypatch.setattr(module, "TURN_NS", 10**12)
+    spinning, comes = Code("a", log, executor, turns=2, spins=True), Code("b", log, executor)
+    spinning.hand_over()
+    comes.hand_over(comes=True)
+    with trio.fail_after(5):
+        await comes.over.wait()
+    executor.forget(spinning)
+
+
+async def test_short_code_is_executed_on_the_event_loop(executor):
+    thread = []
+    stop = Executing(work=lambda: thread.append(threading.get_ident()))
+    assert executor.execute_here(stop) is True
+    assert thread == [threading.get_ident()]
+
+
+async def test_code_that_spins_does_not_keep_the_event_loop(executor):
+    kicked = threading.Event()
+    stop = Executing(work=lambda: kicked.wait(10), kick=kicked.set)
+    assert executor.execute_here(stop) is False
+
+
+async def test_nothing_is_executed_on_the_event_loop_while_others_want_to(executor, log):
+    spinning = Code("a", log, executor, spins=True)
+    spinning.hand_over()
+    assert executor.execute_here(Executing(work=lambda: log.append("wrong"))) is None
+    executor.forget(spinning)
+    assert "wrong" not in log
 
 
 async def test_code_that_spins_is_kicked_when_others_wait(executor, log):
