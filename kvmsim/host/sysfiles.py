@@ -37,6 +37,7 @@ def module_parameters(preset: Preset, sev: SevSetup) -> dict[str, str]:
     }
     if preset.vendor == "amd":
         values |= {
+            "kvm_amd/parameters/avic": "N\n",
             "kvm_amd/parameters/debug_swap": _yes_no(sev.debug_swap),
             "kvm_amd/parameters/nested": "0\n",
             "kvm_amd/parameters/npt": _yes_no(preset.sev is None or preset.sev.nested_paging),

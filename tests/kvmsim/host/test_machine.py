@@ -57,6 +57,7 @@ def test_module_state_follows_the_hardware(accounting, toml, sev, sev_es, capaci
     parameters = machine.parameters
     assert parameters["kvm_amd/parameters/sev"] == ("Y\n" if sev else "N\n")
     assert parameters["kvm_amd/parameters/sev_es"] == ("Y\n" if sev_es else "N\n")
+    assert parameters["kvm_amd/parameters/avic"] == "N\n"
     assert machine.capacities == capacities
     assert all(
         line.startswith(part) for line, part in zip(machine.log, log.split("|"), strict=False)
