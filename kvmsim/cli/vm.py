@@ -67,7 +67,8 @@ def start_command(
                                     one or several of these
 
     The last two also take jitter=none (periodic; else poisson), cpl=0 to 3 (of the code
-    that locks; else 3) and sleep=MS (how long a halt lasts; else 1).
+    that locks; else 3) and sleep=MS (how long a halt lasts; else 1). All but idle take
+    branches=50000, for their last-branch records.
     """  # noqa: D301 - click wants the control character
     if not name or "/" in name or any(not c.isprintable() for c in name):
         raise CommandError(f"vm {name!r}: not a name", os.EX_USAGE)

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvmsim.engine.x86.lbr import LastBranches
+
 
 @dataclass(slots=True)
 class StopBase:
@@ -261,6 +263,10 @@ class GuestVcpu(Protocol):
     @property
     def input(self) -> bytes:
         """What the last completed IN or MMIO read brought."""
+
+    @property
+    def records(self) -> LastBranches | None:
+        """Where its branches are recorded; None: nowhere."""
 
 
 class GuestEngine(Protocol):

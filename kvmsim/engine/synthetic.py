@@ -14,7 +14,8 @@ A guest is described in words, on the command line and in scenarios:
 Options of the last two: ``jitter=none`` makes each kind of stop periodic, in a phase that chance
 picks; ``jitter=poisson`` (default) draws independent exponential gaps with the same mean.
 ``cpl=0`` to ``cpl=3`` (default) is the privilege level of the locking code. ``sleep=MS`` (default
-1) is how many milliseconds a halt lasts.
+1) is how many milliseconds a halt lasts. ``branches=RATE``, of ``busy`` too, takes so many branches
+per second, of every kind, for the vCPU's last-branch records while they are on.
 
 Rates count guest time, in which the vCPU executes: halts, stalls and throttling come on top, so a
 guest that is held up takes fewer bus locks per second of host time.
@@ -28,6 +29,7 @@ from math import log
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvmsim.engine.base import BusLock, Hlt, InKernel, Io, Mmio
+from kvmsim.engine.branch_stream import BranchStream
 from kvmsim.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class GuestSpec:
         poisson: whether gaps are drawn, not periodic.
         cpl: privilege level of the locking code.
         sleep_ns: how long a halt of ``mixed`` lasts.
+        branches: branches per second; 0: none.
     """
 
     text: str
@@ -72,9 +75,16 @@ class GuestSpec:
     poisson: bool = True
     cpl: int = 3
     sleep_ns: int = 1_000_000
+    branches: float = 0
 
     def engine(self, stream: Stream) -> GuestEngine:
         """The engine of one vCPU of such a guest."""
+        engine = self._engine(stream)
+        if not self.branches:
+            return engine
+        return Branching(engine, BranchStream(self.branches, stream, self.cpl))
+
+    def _engine(self, stream: Stream) -> GuestEngine:
         if not self.rates:
             return Steady(Hlt() if self.text == "idle" else InKernel(_HOUR_NS))
         sources = [(self._stop(kind), _NS_PER_S / rate) for kind, rate in self.rates]
@@ -94,6 +104,24 @@ class GuestSpec:
                 return Mmio(gpa=MMIO_GPA)
             case _:
                 return Hlt(wake_after_ns=self.sleep_ns)
+
+
+class Branching:
+    """Branches between the stops of another engine, while somebody records them."""
+
+    __slots__ = ("_branches", "_engine")
+
+    def __init__(self, engine: GuestEngine, branches: BranchStream) -> None:
+        self._engine = engine
+        self._branches = branches
+
+    def next_stop(self, vcpu: GuestVcpu) -> Stop:
+        """See GuestEngine."""
+        stop = self._engine.next_stop(vcpu)
+        records = vcpu.records
+        if records is not None:
+            self._branches.feed(records, stop.after_ns)
+        return stop
 
 
 class Steady:
@@ -203,6 +231,9 @@ def parse_guest(text: str) -> GuestSpec:
     """
     words = text.split()
     match words[:1]:
+        case ["busy"] if len(words) == 2 and words[1].startswith("branches="):
+            branches = _rate(words[1], words[1].removeprefix("branches="))
+            return GuestSpec(" ".join(words), branches=branches)
         case ["idle" | "busy"]:
             if words[1:]:
                 raise ConfigError(f"guest {words[0]} takes no options: {words[1]}")
@@ -263,6 +294,7 @@ def _sleep(word: str, value: str) -> int:
 
 
 _OPTIONS: dict[str, tuple[str, Callable[[str, str], object]]] = {
+    "branches": ("branches", _rate),
     "jitter": ("poisson", _jitter),
     "cpl": ("cpl", _cpl),
     "sleep": ("sleep_ns", _sleep),

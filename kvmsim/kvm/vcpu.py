@@ -21,7 +21,7 @@ from kvmsim.abi.structs import KVM_ENABLE_CAP as ENABLE_CAP_STRUCT
 from kvmsim.abi.structs import KVM_MP_STATE, KVM_REGS
 from kvmsim.engine.base import Parked
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, events, irqchip, pmu, protected, run, sregs
+from kvmsim.kvm import bus_lock, events, irqchip, lbr, pmu, protected, run, sregs
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import KvmRun
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from kvmsim.engine.base import GuestEngine, Stop
+    from kvmsim.engine.x86.lbr import LastBranches
     from kvmsim.kvm.client import Client
     from kvmsim.kvm.debug import GuestDebug
     from kvmsim.kvm.dispatch import Call
@@ -202,6 +203,11 @@ class Vcpu(VcpuFile):
     def link_name(self) -> str:
         """See :attr:`KvmFile.link_name`."""
         return f"kvm-vcpu:{self.id}"
+
+    @property
+    def records(self) -> LastBranches | None:
+        """Where the branches it takes in the guest are recorded; None: nowhere."""
+        return lbr.recording(self)
 
     def check(self, client: Client) -> None:
         """Refuse callers from another address space, and a dead VM.

@@ -6,9 +6,11 @@ from kvmsim.abi import ioctls
 from kvmsim.abi.structs import KVM_CPUID2, KVM_CPUID_ENTRY2
 from kvmsim.engine.base import Hlt
 from kvmsim.engine.scripted import Scripted
+from kvmsim.engine.synthetic import parse_guest
 from kvmsim.engine.x86.decode import Branch
 from kvmsim.kvm import cpuid, debugctl, lbr, msrs, pmu
 from kvmsim.kvm.lbr import State
+from kvmsim.sim.streams import Stream
 
 PID = 4194304
 SELECT, TOS, FROM, TO, INFO = 0x1C8, 0x1C9, 0x680, 0x6C0, 0xDC0
@@ -190,6 +192,17 @@ def test_the_kernel_warns_once_of_a_guest_that_lost_the_facility(make):
     enter(vcpu)
     enter(vcpu)
     assert list(facility(vcpu).log) == ["kvm_intel: vcpu-0: fail to passthrough LBR."]
+
+
+def test_a_guest_without_code_records_its_branches(make):
+    vcpu = make()
+    vcpu.engine = parse_guest("mixed io=100 branches=50000").engine(Stream(1))
+    assert put(vcpu, DEBUGCTL, 1)
+    enter(vcpu)
+    assert all(get(vcpu, FROM + at) for at in range(32))
+    facility(vcpu).take()
+    enter(vcpu)
+    assert get(vcpu, FROM) == 0
 
 
 def test_taking_twice_is_taking_once(make):
