@@ -18,6 +18,7 @@ from kvmsim.interpose import libc, maps, memory
 
 if TYPE_CHECKING:
     from kvmsim.kvm.dispatch import KvmFile
+    from kvmsim.kvm.eventfds import Eventfd
 
 FRESH_NS: Final = 100_000
 """For how long after a call a thread is taken to execute the same program: to execute another one
@@ -38,6 +39,9 @@ class Calls(Protocol):
 
     def file_of(self, thread: Thread, fd: int) -> KvmFile | None:
         """What a thread has open under a number, if it is ours."""
+
+    def eventfd(self, pid: int, fd: int) -> Eventfd:
+        """Hold an eventfd of a process; KvmError EBADF not open, EINVAL something else."""
 
 
 class AddressSpace:
@@ -120,6 +124,10 @@ class Process:
             except OSError as error:
                 raise KvmError(EBADF, f"descriptor {fd}") from error
         return file
+
+    def eventfd(self, fd: int) -> Eventfd:
+        """See :class:`kvmsim.kvm.eventfds.HasEventfds`."""
+        return self._calls.eventfd(self.pid, fd & 0xFFFF_FFFF)
 
     def mapped(self, address: int, size_bytes: int, *, writable: bool) -> bool:
         """See :meth:`kvmsim.kvm.client.Client.mapped`."""

@@ -29,6 +29,7 @@ from kvmsim.interpose import libc
 from kvmsim.interpose.clients import FRESH_NS, Clients
 from kvmsim.interpose.code_guests import CodeVms
 from kvmsim.interpose.descriptors import Descriptors
+from kvmsim.interpose.eventfds import Eventfds
 from kvmsim.interpose.executor import Stuck
 from kvmsim.interpose.filter import NR_IOCTL
 from kvmsim.interpose.notify import answer_calls
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from kvmsim.interpose.namespace import Identity
     from kvmsim.interpose.notify import Listener, Notification
     from kvmsim.interpose.roles import OtherCalls, Tap
+    from kvmsim.kvm.eventfds import Eventfd
     from kvmsim.vmm.run_loop import RunLoop
 
 log = logging.getLogger(__name__)
@@ -118,6 +120,7 @@ class Supervisor:
         self._late_one = trio.Event()
         self._number = 0
         self._closed_poll = self.descriptors.poll
+        self._eventfds = Eventfds(loop.catch_up)
 
     # -- tasks -----------------------------------------------------------------------------
 
@@ -127,6 +130,7 @@ class Supervisor:
             nursery.start_soon(self._watch_closes)
             nursery.start_soon(self._watch_signals)
             nursery.start_soon(self._handle_late)
+            nursery.start_soon(self._eventfds.serve)
             await answer_calls(self.listener, self.handle)
             nursery.cancel_scope.cancel()
 
@@ -140,6 +144,7 @@ class Supervisor:
         if self._code is not None:
             self._code.close()
         self.clients.close()
+        self._eventfds.close()
 
     async def _watch_closes(self) -> None:
         while True:
@@ -220,6 +225,10 @@ class Supervisor:
         if isinstance(file, SevFile):
             return file.opened(writable=_is_writable(thread, fd))
         return file
+
+    def eventfd(self, pid: int, fd: int) -> Eventfd:
+        """See :meth:`kvmsim.interpose.clients.Calls.eventfd`."""
+        return self._eventfds.get(pid, fd)
 
     def _meet(self, number: int, tid: int) -> Thread | None:
         """The calling thread, not seen before; None if it is gone."""

@@ -19,7 +19,7 @@ from kvmsim.abi.ioctls import (
 )
 from kvmsim.abi.structs import KVM_ENABLE_CAP as ENABLE_CAP_STRUCT
 from kvmsim.errors import KvmError
-from kvmsim.kvm import clock, guest_memfd, irqchip_calls, protected, sev
+from kvmsim.kvm import clock, guest_memfd, irqchip_calls, protected, routing, sev
 from kvmsim.kvm.dispatch import ENABLERS, VmFile, handles
 from kvmsim.kvm.memslots import SlotMemory
 from kvmsim.kvm.vcpu import Vcpu
@@ -267,6 +267,7 @@ class Vm(VmFile):
         """The last VM descriptor was closed. Its vCPUs keep it alive."""
         if not self._released:
             self._released = True
+            routing.close(self)
             self.put()
 
     def close(self, now_ns: int = 0) -> None:
