@@ -351,6 +351,18 @@ class Unicorn:
         self._keep.append(callback)
         return self._hook(HOOK_READ | HOOK_WRITE, callback, begin, end)
 
+    def write_callback(self, function: Callable[[int, int], None]) -> Callback:
+        """Make a callback with (gpa, size) of stores."""
+        callback = _ACCESS_CALLBACK(
+            lambda _uc, _kind, gpa, size, _value, _data: function(gpa, size)
+        )
+        self._keep.append(callback)
+        return callback
+
+    def hook_writes(self, callback: Callback, begin: int, end: int, data: int) -> int:
+        """Call back on stores at [begin, end]; a handle. Not for blocks translated before."""
+        return self._hook(HOOK_WRITE, callback, begin, end, data)
+
     def _hook(self, kind: int, callback: Callback, begin: int, end: int, data: int = 0) -> int:
         handle = ctypes.c_size_t()
         status = self._lib.uc_hook_add(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,14 @@ class Slot:
         gpa: where the guest sees it, on a page boundary.
         memory: its bytes, writable and on a page boundary; whole pages.
         read_only: guest writes go to user space instead.
+        written: logged memory: a byte for each page, and one more, which becomes 1 when the guest
+            writes there; whoever reads it clears it while no vCPU executes. None: not logged.
     """
 
     gpa: int
     memory: memoryview
     read_only: bool = False
+    written: bytearray | memoryview | None = None
     _anchor: Any = field(default=None, repr=False)
 
     @property
@@ -34,9 +38,19 @@ class Slot:
         return self.gpa + len(self.memory)
 
     @property
-    def key(self) -> tuple[int, int, int, bool]:
-        """What tells one slot from another: guest address, size, host address, kind."""
-        return self.gpa, len(self.memory), self.address, self.read_only
+    def key(self) -> tuple[int, int, int, bool, int]:
+        """What tells one slot from another: guest address, size, host address, kind, log."""
+        log = 0
+        if self.written is not None:
+            log = ctypes.addressof(ctypes.c_char.from_buffer(self.written))
+        return self.gpa, len(self.memory), self.address, self.read_only, log
+
+    def wrote(self, gpa: int, size_bytes: int) -> None:
+        """The guest wrote there."""
+        if self.written is None:
+            return
+        for at in (gpa, gpa + size_bytes - 1):
+            self.written[at - self.gpa >> 12] = 1
 
     @property
     def address(self) -> int:
@@ -57,7 +71,7 @@ class Memory:
         slots: they must not overlap.
     """
 
-    __slots__ = ("slots",)
+    __slots__ = ("_starts", "slots")
 
     def __init__(self, slots: list[Slot]) -> None:
         self.replace(slots)
@@ -65,12 +79,13 @@ class Memory:
     def replace(self, slots: list[Slot]) -> None:
         """Have other slots."""
         self.slots = sorted(slots, key=lambda slot: slot.gpa)
+        self._starts = [slot.gpa for slot in self.slots]
 
     def find(self, gpa: int) -> Slot | None:
         """The slot behind an address."""
-        for slot in self.slots:
-            if slot.gpa <= gpa < slot.end:
-                return slot
+        at = bisect_right(self._starts, gpa) - 1
+        if at >= 0 and gpa < self.slots[at].end:
+            return self.slots[at]
         return None
 
     def holes(self) -> Iterator[tuple[int, int]]:
@@ -110,6 +125,8 @@ class Memory:
         if slot is None or slot.read_only or gpa + len(data) > slot.end:
             raise NoMemory(gpa)
         slot.memory[gpa - slot.gpa : gpa - slot.gpa + len(data)] = data
+        if slot.written is not None and data:
+            slot.wrote(gpa, len(data))
 
     def read_word(self, gpa: int, size_bytes: int) -> int:
         """A little-endian number; zero in a hole, as an unanswered bus reads here."""

@@ -28,6 +28,7 @@ from kvmsim.engine.x86.backend import CODE_BYTES, Unicorn
 from kvmsim.engine.x86.branches import BranchFeed
 from kvmsim.engine.x86.cpu import Cpu
 from kvmsim.engine.x86.delivery import Event, TripleFault, Unsupported
+from kvmsim.engine.x86.dirty_pages import DirtyPages
 from kvmsim.engine.x86.memory import Memory
 from kvmsim.engine.x86.meter import Meter
 from kvmsim.engine.x86.operands import Operands
@@ -99,6 +100,7 @@ class X86Vm:
         self.watch = Watch(self, self._operands)
         self.accesses = Accesses(self.unicorn, self.memory)
         self._on_access = self.unicorn.memory_callback(self.watch.on_access)
+        self.dirty_pages = DirtyPages(self.unicorn)
         self._access_hooks: dict[tuple[int, int], int] = {}
         #: vCPUs whose turn to execute in work() has not ended.
         self._out: set[Cpu] = set()
@@ -137,6 +139,7 @@ class X86Vm:
         for slot in added:
             self.unicorn.map(slot.gpa, len(slot.memory), slot.address, writable=not slot.read_only)
         self._hook_accesses()
+        self.dirty_pages.watch(self.memory.slots)
         self.watch.forget_code()
         self.translation_changed()
 
