@@ -29,8 +29,8 @@ class Eventfd(Protocol):
     def identity(self) -> Hashable:
         """See the class."""
 
-    def signal(self) -> None:
-        """Add 1 to it."""
+    def signal(self) -> bool:
+        """Add 1 to it; False: it cannot be reached."""
 
     def watch(self, signalled: Callable[[int], None]) -> None:
         """Call ``signalled(now_ns)`` whenever it is not 0, having made it 0."""
@@ -59,8 +59,9 @@ class Held:
     def __init__(self, fd: int) -> None:
         self.identity: Hashable = fd
 
-    def signal(self) -> None:
+    def signal(self) -> bool:
         """See :class:`Eventfd`."""
+        return False
 
     def watch(self, signalled: Callable[[int], None]) -> None:
         """See :class:`Eventfd`."""

@@ -123,8 +123,8 @@ class Routing:
         """See ``bus.Listener``."""
         for event, eventfd in self.io_events.items():
             if event.triggered_by(address, data, pio=pio):
-                eventfd.signal()
-                return True
+                # One that cannot be reached leaves the write to user space.
+                return eventfd.signal()
         return False
 
     def resampled(self, gsi: int, now_ns: int) -> None:
