@@ -14,6 +14,7 @@ import os
 import select
 from contextlib import suppress
 from errno import EBADF, EINVAL, EPERM
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -98,7 +99,7 @@ class Eventfds:
                 log.debug("process %d is not to be traced: its eventfds stay with it", pid)
                 return Held(fd)
             raise KvmError(EBADF, f"descriptor {fd}") from error
-        if os.readlink(f"/proc/self/fd/{ours}") != _LINK:
+        if str(Path(f"/proc/self/fd/{ours}").readlink()) != _LINK:
             os.close(ours)
             raise KvmError(EINVAL, f"descriptor {fd} is no eventfd")
         return ClientEventfd(ours, self)
@@ -152,8 +153,7 @@ def _reset(fd: int) -> bool:
 
 
 def _identity(fd: int) -> Hashable:
-    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:  # noqa: PTH123 - of the kernel
-        for line in lines:
-            if line.startswith(_ID):
-                return line.removeprefix(_ID).strip()
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines():
+        if line.startswith(_ID):
+            return line.removeprefix(_ID).strip()
     return fd
