@@ -231,7 +231,9 @@ def _deliver_queued(vcpu: Vcpu, debug: GuestDebug) -> int | None:
     deliver_events = getattr(vcpu.engine, "deliver_events", None)
     if deliver_events is not None:
         deliver_events()
-    arrived = state.delivered()
+        arrived = state.take_exception()
+    else:
+        arrived = state.delivered()
     if arrived is not None and arrived.vector == DB_VECTOR:
         apply_payload(vcpu, arrived)
         debug.dr7 &= ~DR7_GD

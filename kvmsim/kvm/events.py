@@ -108,15 +108,18 @@ class Events:
         limit = 1 if self.nmi_masked or self.nmi_injected else 2
         self.nmi_pending = min(self.nmi_pending, limit)
 
+    def take_exception(self) -> QueuedException | None:
+        """The exception that is on its way, which is no longer."""
+        exception, self.exception = self.exception, QueuedException()
+        return exception if exception.pending or exception.injected else None
+
     def delivered(self) -> QueuedException | None:
         """Entering the guest: what waits arrives; the exception, if there is one.
 
         A triple fault stays: it ends the run. So does an external interrupt, which the guest takes
         when it allows interrupts (``kvmsim.kvm.interrupts``).
         """
-        exception = self.exception
-        arrived = exception if exception.pending or exception.injected else None
-        self.exception = QueuedException()
+        arrived = self.take_exception()
         self.shadow = 0
         if self.nmi_injected or self.nmi_pending:
             self.nmi_injected = False

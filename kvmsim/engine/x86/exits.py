@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.base import BusLock, Debug, Hlt, InternalError, Io, SplitLockAc
+from kvmsim.engine.base import BusLock, Debug, Hlt, InKernel, InternalError, Io, SplitLockAc
 from kvmsim.engine.x86 import (
     breakpoints,
     decode,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kvmsim.engine.x86.sites import Site
     from kvmsim.engine.x86.vm import X86Vm
 
-STI, SYSCALL, SYSENTER, WRMSR = 0xFB, 0x0F05, 0x0F34, 0x0F30
+IRET, STI, SYSCALL, SYSENTER, WRMSR = 0xCF, 0xFB, 0x0F05, 0x0F34, 0x0F30
 #: What an exception, or an instruction the engine executes, costs, in bytes of code.
 EXIT_BYTES = 400
 #: More instructions than the emulator translates at a time.
@@ -136,7 +136,12 @@ def _at_site(vm: X86Vm, cpu: Cpu) -> Stop | None:
         cpu.queue(Event(AC))
     elif site.kind is Kind.WINDOW:
         why = stepping.single(vm, cpu, restores_flags=site.found.opcode != STI)
-        return None if why is Why.NOTHING else handle(vm, cpu, why)
+        if why is not Why.NOTHING:
+            return handle(vm, cpu, why)
+        if site.found.opcode == IRET and cpu.nmi_masked:
+            cpu.nmi_masked = False
+            return InKernel()  # another one may wait in KVM
+        return None
     else:
         return _execute_site(vm, cpu, site)
     return None

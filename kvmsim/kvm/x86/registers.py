@@ -124,6 +124,7 @@ class VcpuRegisters:
             self._load_fpu()
         if not self.events_ahead:
             cpu.registers.shadow = bool(self._events.shadow)
+        cpu.nmi_masked = self._events.nmi_masked
         if self._msrs.changed:
             policy.share_msrs(vcpu, cpu)
         if self._pvclock.seen != self._clock.changes:
@@ -181,12 +182,15 @@ class VcpuRegisters:
 
     def deliver(self, cpu: Cpu) -> None:
         """See ``RegisterFile``. A #DB goes by way of the debug state."""
-        state = events.of(self._vcpu)
+        state = self._events
         exception = state.exception
         if (exception.pending or exception.injected) and exception.vector != DB:
             software = exception.vector in {BP, OF}
             cpu.queue(Event(exception.vector, exception.error_code or 0, software=software))
-        if state.nmi_injected or state.nmi_pending:
+            state.exception = events.QueuedException()
+        if state.nmi_injected or (state.nmi_pending and not state.nmi_masked):
+            state.nmi_pending -= 0 if state.nmi_injected else 1
+            state.nmi_injected, state.nmi_masked = False, True
             cpu.queue(Event(NMI, external=True))
 
     # -- out of the engine -------------------------------------------------------------------------
@@ -198,6 +202,7 @@ class VcpuRegisters:
         self._ahead()
         vcpu.rip = self._rip = registers.rip
         vcpu.cr8 = cpu.cr8
+        self._events.nmi_masked = cpu.nmi_masked
         vcpu.note_interrupt_flag(bool(registers.interrupts_on), held=self._holds(cpu))
         found = registers.debug_bytes()
         if found != self._debug:
