@@ -7,6 +7,7 @@ calls are answered before anything else happens. Only KVM_RUN may be kept waitin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from contextlib import suppress
@@ -37,6 +38,7 @@ from kvmsim.interpose.remap import Remap
 from kvmsim.interpose.roles import Readable, Releasable
 from kvmsim.interpose.runs import LAST_LOOK_NS, LOOKS_APART_NS, Run, fail
 from kvmsim.interpose.signals import pending
+from kvmsim.kvm import steal_time
 from kvmsim.kvm.devsev import SevFile
 from kvmsim.kvm.dispatch import KvmFile
 from kvmsim.kvm.page import U32_EXIT_REASON, KvmRun
@@ -475,6 +477,10 @@ class Supervisor:
         if self._code is not None and not self._may_enter(vcpu, notification, thread):
             return True
         run = self._runs[vcpu]
+        if steal_time.is_wanted(vcpu):
+            # Its own time on the CPU, then the time it waited for one.
+            with contextlib.suppress(OSError):  # it has ended
+                steal_time.waited(vcpu, int(thread.text("schedstat").split()[1]))
         try:
             run.begin()
             left = vcpu.kvm_run(now_ns)

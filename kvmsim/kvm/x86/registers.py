@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 from kvmsim.engine.x86 import fpu as x87_sse
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import BP, DB, NMI, OF, Event
-from kvmsim.kvm import clock, debug, events, fpu, lbr, msr_rules, pvclock, sregs
+from kvmsim.kvm import clock, debug, events, fpu, lbr, msr_rules, pvclock, sregs, steal_time
 from kvmsim.kvm.dispatch import state_of
 from kvmsim.kvm.x86 import policy
 
@@ -80,6 +80,7 @@ class VcpuRegisters:
             "_rip",
             "_running",
             "_sregs",
+            "_stolen",
             "_vcpu",
             "events_ahead",
             "fpu_ahead",
@@ -100,6 +101,7 @@ class VcpuRegisters:
         self._events = events.of(vcpu)
         self._msrs = state_of(vcpu, msr_rules.Msrs)
         self._pvclock, self._clock = pvclock.of(vcpu), clock.of(vcpu.vm)
+        self._stolen = steal_time.of(vcpu)
         self._msrs.changed |= self._msrs.values.keys()
         self.reset()
 
@@ -130,6 +132,8 @@ class VcpuRegisters:
         if self._pvclock.seen != self._clock.changes:
             now_ns = cast("VcpuPolicy", cpu.policy).now_ns(cpu)
             pvclock.enter(vcpu, cpu.memory, now_ns)
+        if self._stolen.due:
+            steal_time.enter(vcpu, cpu.memory)
         cpu.lbr = lbr.recording(vcpu)
         cpu.cr8 = vcpu.cr8
         cpu.wants_window = bool(vcpu.run.request_interrupt_window)
