@@ -59,6 +59,11 @@ class Accesses:
         # Blocks translated before do not call.
         self._unicorn.flush_code()
 
+    def rest(self) -> None:
+        """Note nothing: hooks of accesses make all of them slow, and RETF of real mode go astray."""
+        if self._ranges:
+            self.watch(())
+
     def undo(self) -> None:
         """Take back what was written since :meth:`watch`."""
         while self._undo:

@@ -172,7 +172,8 @@ class Watch:
             self._expected.open = opened
 
     def arm(self, cpu: Cpu) -> None:
-        """Stop in front of the code breakpoints a vCPU has at this moment."""
+        """Stop in front of the code breakpoints a vCPU has at this moment, and at no data."""
+        self._vm.accesses.rest()
         if (
             not self._points
             and not self._live.q[EFLAGS // 8] & FLAG_RF

@@ -299,3 +299,18 @@ def test_an_event_queued_with_a_trap_comes_behind_it(guest):
     guest.cpu.queue(Event(2, external=True))
     assert isinstance(guest.run(), Hlt)
     assert guest.q[r.RBX] == 2
+
+
+def test_a_far_return_of_real_mode_is_right_behind_a_guest_that_was_watched(guest):
+    guest.long("89 07", HLT)
+    guest.q[r.RDI] = DATA
+    guest.cpu.debugger = outside((0, DATA, WRITE, 4))
+    assert isinstance(guest.run(), Debug)
+    guest.cpu.debugger = None
+    assert isinstance(guest.run(), Hlt)
+    guest.cpu.reset()
+    guest.real(NOP, "cb", HLT)
+    guest.set_word(STACK, HANDLER, 4)
+    guest.put(HANDLER, HLT)
+    assert isinstance(guest.run(), Hlt)
+    assert guest.r.rip == HANDLER + 1
