@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvmsim.abi import cpuid as abi_cpuid
 from kvmsim.abi import msrs as abi
-from kvmsim.kvm import capabilities, cpuid, msr_rules
+from kvmsim.kvm import capabilities, cpuid, mce, msr_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +48,17 @@ def _sees_platform_info(vcpu: Vcpu) -> bool:
     return capabilities.of(vcpu.vm).platform_info
 
 
+def _has_lmce_on(vcpu: Vcpu) -> bool:
+    return bool(msr_rules.value_of(vcpu, abi.IA32_FEAT_CTL) & abi.FEAT_CTL_LMCE)
+
+
+def _feature_control(vcpu: Vcpu, value: int) -> int | None:
+    """Linux 6.12 vmx.c ``vmx_set_msr``: a locked register takes nothing from the guest."""
+    locked = msr_rules.value_of(vcpu, abi.IA32_FEAT_CTL) & abi.FEAT_CTL_LOCKED
+    lmce = abi.FEAT_CTL_LMCE if mce.of(vcpu).has(abi.MCG_LMCE_P) else 0
+    return None if locked or value & ~(abi.FEAT_CTL_LOCKED | lmce) else value
+
+
 def _refuse(vcpu: Vcpu, value: int) -> None:
     del vcpu, value
 
@@ -81,6 +92,8 @@ class GuestRule:
 
 
 RULES: Final[dict[int, GuestRule]] = {
+    abi.IA32_FEAT_CTL: GuestRule(accept=_feature_control),
+    abi.IA32_MCG_EXT_CTL: GuestRule(has=_has_lmce_on),
     abi.IA32_ARCH_CAPABILITIES: GuestRule(has=_shows(7, "edx", 29), accept=_refuse),
     abi.IA32_UCODE_REV: GuestRule(accept=_ignore),
     abi.PLATFORM_INFO: GuestRule(reads=_sees_platform_info, accept=_refuse),

@@ -3,6 +3,7 @@ import pytest
 from kvmsim.abi import ioctls, msrs
 from kvmsim.abi.structs import KVM_MSR_ENTRY, KVM_MSR_FILTER, KVM_MSR_FILTER_RANGE, KVM_MSRS
 from kvmsim.kvm import msr_filter
+from kvmsim.kvm.msrs import guest_read, guest_write
 
 AMD, INTEL = 'vendor = "amd"\n', 'vendor = "intel"\n'
 
@@ -89,6 +90,20 @@ def test_corrected_errors_are_announced_on_intel_only(vcpu):
     guest.ioctl(ioctls.KVM_X86_SETUP_MCE, bytearray(capabilities))
     assert put(guest, 0x280 + 9, 0x40000005)
     assert get(guest, 0x280 + 9) == 0x40000005
+
+
+def test_local_machine_checks_are_a_matter_of_user_space_until_the_guest_may(vcpu):
+    guest = vcpu(INTEL)
+    assert put(guest, msrs.IA32_MCG_EXT_CTL, 0)  # QEMU does, for a guest that has them
+    assert not put(guest, msrs.IA32_MCG_EXT_CTL, 2)
+    assert not guest_write(guest, msrs.IA32_MCG_EXT_CTL, 1, 0)
+    assert not guest_write(guest, msrs.IA32_FEAT_CTL, msrs.FEAT_CTL_LMCE, 0)
+    capabilities = (10 | msrs.MCG_LMCE_P).to_bytes(8, "little")
+    guest.ioctl(ioctls.KVM_X86_SETUP_MCE, bytearray(capabilities))
+    assert guest_write(guest, msrs.IA32_FEAT_CTL, msrs.FEAT_CTL_LMCE | msrs.FEAT_CTL_LOCKED, 0)
+    assert not guest_write(guest, msrs.IA32_FEAT_CTL, 0, 0)
+    assert guest_write(guest, msrs.IA32_MCG_EXT_CTL, 1, 0)
+    assert guest_read(guest, msrs.IA32_MCG_EXT_CTL, 0) == 1
 
 
 def test_adjustment_of_the_counter_is_kept_for_a_guest_that_has_it(vcpu):
