@@ -12,7 +12,7 @@ import mmap
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.base import InternalError, Mmio
-from kvmsim.engine.x86 import exits, stepping
+from kvmsim.engine.x86 import decode, exits, stepping
 from kvmsim.engine.x86.backend import ACCESS_FETCHES, ACCESS_READ, ACCESS_WRITES
 from kvmsim.engine.x86.memory import Slot
 from kvmsim.engine.x86.watch import Why
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PAGE = 4096
 EMULATION_FAILED = 1
 _MAX_BYTES = 8
+_PREFIXES = frozenset(bytes.fromhex("26 2e 36 3e 64 65 66 67 f0 f2 f3"))
 
 
 class Answers:
@@ -51,6 +52,8 @@ def stopped(vm: X86Vm, cpu: Cpu, answers: Answers | None = None) -> Stop:
     vm.watch.access = None
     if kind in ACCESS_FETCHES:
         return InternalError(suberror=EMULATION_FAILED)
+    if answers is None and _is_beyond_kvm(vm, cpu):
+        return exits.emulation_failed(vm, cpu)
     size = min(size, _MAX_BYTES)
     answers = answers or Answers()
     write = kind in ACCESS_WRITES
@@ -67,6 +70,21 @@ def stopped(vm: X86Vm, cpu: Cpu, answers: Answers | None = None) -> Stop:
 
     cpu.on_completion(took, executes=True)
     return Mmio(gpa=gpa, size=size, data=data)
+
+
+def _is_beyond_kvm(vm: X86Vm, cpu: Cpu) -> bool:
+    """Whether KVM's emulator does not know the instruction: x87 but for two stores of a word.
+
+    Linux 6.12 arch/x86/kvm/emulate.c, the tables of D8 to DF.
+    """
+    code = vm.watch.read_code(cpu.registers.linear_rip, decode.MAX_LENGTH)
+    at = 0
+    rex = range(0x40, 0x50) if cpu.registers.mode == 64 else ()
+    while at < len(code) - 2 and (code[at] in _PREFIXES or code[at] in rex):
+        at += 1
+    opcode, modrm = code[at : at + 2].ljust(2, b"\0")
+    is_x87 = 0xD8 <= opcode <= 0xDF
+    return is_x87 and not (opcode in {0xD9, 0xDD} and modrm >> 3 & 7 == 7)  # FNSTCW, FNSTSW
 
 
 class _Step:

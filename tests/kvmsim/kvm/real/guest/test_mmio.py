@@ -4,6 +4,7 @@ from errno import EINTR
 
 import pytest
 
+from kvmsim.abi import ioctls
 from kvmsim.abi.exits import Exit
 
 CODE, DATA, RAM, DEVICE = 0x1000, 0x8000, 0x40000, 0x100000
@@ -172,3 +173,25 @@ def test_real_mode_reaches_devices_too(guest):
     guest.answer_mmio(b"\x34\x12")
     assert guest.run() == Exit.HLT
     assert guest.regs("rax") & 0xFFFF == 0x1234
+
+
+def test_an_instruction_that_kvm_cannot_emulate_is_shown_to_user_space(guest):
+    """x87: with KVM_CAP_EXIT_ON_EMULATION_FAILURE, its bytes as well."""
+    enable = bytearray(104)
+    enable[0], enable[8] = 204, 1
+    assert guest.world.ioctl(guest.vm, ioctls.KVM_ENABLE_CAP, enable) == (0, 0)
+    guest.long("d9 00", HLT, rax=DEVICE)  # fld dword [rax]
+    assert guest.run() == Exit.INTERNAL_ERROR
+    suberror, nr_words, flags = guest.field(32), guest.field(36), guest.field(40, 8)
+    assert (suberror, nr_words >= 3, flags & 1) == (1, True, 1)
+    assert guest.page[48] >= 2
+    assert bytes(guest.page[49:51]) == b"\xd9\x00"
+    assert guest.regs("rip") == CODE
+    guest.set_regs(rip=CODE + 2)
+    assert guest.run() == Exit.HLT
+
+
+def test_a_store_of_the_x87_control_word_is_emulated(guest):
+    guest.long("d9 38", HLT, rax=DEVICE)  # fnstcw [rax]
+    assert guest.run() == Exit.MMIO
+    assert guest.mmio()[:2] == (True, DEVICE)
