@@ -283,6 +283,17 @@ def guest(make_guest):
 
 
 @pytest.fixture
+def both_guests(both_worlds):
+    """A guest with interrupt controllers of the kernel's KVM, and one of ours."""
+    pytest.importorskip("unicorn")
+    real, ours = both_worlds
+    worlds = RealWorld(real), OurWorld(ours)
+    yield [Guest(world, irqchip=True) for world in worlds]
+    for world in worlds:
+        world.close()
+
+
+@pytest.fixture
 def on_hardware(world):
     """For rows in which a KVM without hardware virtualisation does something else."""
     if hasattr(world, "fds") and PVM.exists():
