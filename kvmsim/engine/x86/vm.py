@@ -18,6 +18,7 @@ not towards any real processor.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.base import BusLock, Executing, InKernel, InternalError, IrqWindow, Shutdown
@@ -49,6 +50,43 @@ _OWN_BUSINESS = frozenset({Why.NEW_SITES, Why.INVALID, Why.LOCK, Why.LOCKED})
 _KVMS_EXCEPTIONS = frozenset({delivery.DB, delivery.BP})
 
 
+class Awake:
+    """The VMs of this process that have an emulator, at most so many.
+
+    An emulator takes a megabyte. The VM that ran longest ago loses its own, and gets another when
+    it runs again.
+
+    Args:
+        limit: how many; more only if all of them execute.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._vms: OrderedDict[X86Vm, None] = OrderedDict()
+        self._last: X86Vm | None = None
+
+    def add(self, vm: X86Vm) -> None:
+        """A VM has got an emulator."""
+        self._vms[vm] = None
+        idle = [other for other in self._vms if other is not vm and not other.busy]
+        for other in idle[: max(0, len(self._vms) - self.limit)]:
+            other.close()
+
+    def used(self, vm: X86Vm) -> None:
+        """A VM runs."""
+        if self._last is not vm and vm.awake:
+            self._last = vm
+            self._vms.move_to_end(vm)
+
+    def discard(self, vm: X86Vm) -> None:
+        """A VM has none any more."""
+        self._vms.pop(vm, None)
+        self._last = None
+
+
+AWAKE = Awake(256)
+
+
 class X86Vm:
     """One VM.
 
@@ -65,6 +103,7 @@ class X86Vm:
         code_bytes: room for translated code; see ``Unicorn``.
 
     Attributes:
+        awake: it has an emulator.
         memory: guest-physical memory.
         policy: see above.
         live: registers of the vCPU that is in the emulator.
@@ -88,13 +127,23 @@ class X86Vm:
         self.slice_bytes = slice_bytes
         self.inline_bytes = inline_bytes
         self.paced = paced
-        self.unicorn = Unicorn(code_bytes)
-        self._blank = bytes(self.unicorn.env)
-        self.live = r.Registers(self.unicorn.env)
+        self._code_bytes = code_bytes
         self._current: Cpu | None = None
         self._stale_translations = False
+        #: vCPUs whose turn to execute in work() has not ended.
+        self._out: set[Cpu] = set()
+        self._working: Cpu | None = None
+        self._wake()
+        self._blank = bytes(self.unicorn.env)
+        self.set_slots(slots)
+
+    def _wake(self) -> None:
+        """Make an emulator, without memory."""
+        self.awake = True
+        self.unicorn = Unicorn(self._code_bytes)
+        self.live = r.Registers(self.unicorn.env)
         # Without a pace and without an end to what is executed inline, only kicks stop a guest.
-        self.meter = Meter(self.unicorn, counts=paced or bool(inline_bytes))
+        self.meter = Meter(self.unicorn, counts=self.paced or bool(self.inline_bytes))
         self._operands = Operands(self.live, self.memory)
         self.branches = BranchFeed(self)
         self.watch = Watch(self, self._operands)
@@ -102,21 +151,27 @@ class X86Vm:
         self._on_access = self.unicorn.memory_callback(self.watch.on_access)
         self.dirty_pages = DirtyPages(self.unicorn)
         self._access_hooks: dict[tuple[int, int], int] = {}
-        #: vCPUs whose turn to execute in work() has not ended.
-        self._out: set[Cpu] = set()
-        self._working: Cpu | None = None
-        self.set_slots(slots)
+        AWAKE.add(self)
 
     def add_cpu(self) -> Cpu:
         """Make a vCPU, in its state after power-on."""
         return Cpu(self, self._blank)
 
     def close(self) -> None:
-        """Free the emulator; vCPUs keep their saved state."""
+        """Free the emulator; vCPUs keep their state, and execute again if they are asked to."""
+        if not self.awake:
+            return
         if self._current is not None:
             self._save()
+        self.awake = False
+        AWAKE.discard(self)
         self.live = r.Registers(memoryview(bytearray(self._blank)))
         self.unicorn.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether some vCPU's turn is not over."""
+        return bool(self._out)
 
     # -- memory ----------------------------------------------------------------------------------
 
@@ -133,9 +188,16 @@ class X86Vm:
         added = [slot for slot in slots if slot.key not in known]
         if not gone and not added:
             return
+        if not self.awake:
+            self.memory.replace(slots)
+            return
         for slot in gone:
             self.unicorn.unmap(slot.gpa, len(slot.memory))
         self.memory.replace(slots)
+        self._show(added)
+
+    def _show(self, added: list[Slot]) -> None:
+        """Show slots to the emulator."""
         for slot in added:
             self.unicorn.map(slot.gpa, len(slot.memory), slot.address, writable=not slot.read_only)
         self._hook_accesses()
@@ -159,6 +221,9 @@ class X86Vm:
 
     def load(self, cpu: Cpu) -> None:
         """Put a vCPU's registers into the emulator."""
+        if not self.awake:
+            self._wake()
+            self._show(self.memory.slots)
         if self._current is not cpu:
             if self._current is not None:
                 self._save()
@@ -216,6 +281,7 @@ class X86Vm:
             msg = "the last stop was not completed"
             raise RuntimeError(msg)
         self._out.discard(cpu)
+        AWAKE.used(self)
         if self._current is not cpu or self._stale_translations:
             self.load(cpu)
         self.watch.check_code()

@@ -241,3 +241,51 @@ def test_vcpus_that_execute_nothing_inline_execute_in_their_turns(make_guest):
             stop = guest.vm.run(cpu)
         turns.append((cpu, stop))
     assert [type(stop) for _, stop in turns] == [Hlt, Hlt]
+
+
+def test_vm_that_lost_its_emulator_goes_on_where_it_was(guest):
+    guest.long("e6 80", "f0 ff 07", "48 ff c3", HLT)
+    guest.q[r.RDI], guest.q[r.RBX] = DATA + 62, 0
+    assert isinstance(guest.run(), Io)
+    guest.vm.close()
+    assert not guest.vm.awake
+    guest.cpu.complete()
+    assert isinstance(guest.run(), BusLock)
+    guest.vm.close()
+    assert isinstance(guest.run(), Hlt)
+    assert (guest.q[r.RBX], guest.word(DATA + 62)) == (1, 1)
+
+
+def test_memory_of_a_vm_without_an_emulator_is_shown_to_the_next(guest):
+    guest.long("8a 07", HLT)
+    guest.q[r.RDI] = DATA
+    other = mmap.mmap(-1, len(guest.ram))
+    other[:] = guest.ram[:]
+    other[DATA] = 0x77
+    guest.vm.close()
+    guest.vm.set_slots([Slot(0, memoryview(other))])
+    assert isinstance(guest.run(), Hlt)
+    assert guest.q[r.RAX] & 0xFF == 0x77
+
+
+def test_vm_that_ran_longest_ago_loses_its_emulator_first(make_guest, monkeypatch):
+    from kvmsim.engine.x86 import vm
+
+    monkeypatch.setattr(vm, "AWAKE", vm.Awake(2))
+    first, second = make_guest().long(HLT), make_guest().long(HLT)
+    first.run()
+    second.run()
+    first.r.rip = CODE
+    first.run()
+    make_guest()
+    assert (first.vm.awake, second.vm.awake) == (True, False)
+
+
+def test_vm_that_executes_keeps_its_emulator(make_guest, monkeypatch):
+    from kvmsim.engine.x86 import vm
+
+    monkeypatch.setattr(vm, "AWAKE", vm.Awake(1))
+    busy = make_guest(inline_bytes=0, paced=False).long(SPIN)
+    assert isinstance(busy.run(), Executing)
+    make_guest()
+    assert busy.vm.awake
