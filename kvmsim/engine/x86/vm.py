@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 SLICE_BYTES = 12_000_000
 BYTES_PER_NS = 12
 BUS_LOCK_NS = 333
+#: Single steps that one run() executes, however little code it may execute inline besides.
+STEPS_INLINE = 50
 #: Ends of execution that concern nothing of KVM's: ``work`` goes on after them.
 _OWN_BUSINESS = frozenset({Why.NEW_SITES, Why.INVALID, Why.LOCK, Why.LOCKED})
 _KVMS_EXCEPTIONS = frozenset({delivery.DB, delivery.BP})
@@ -318,14 +320,16 @@ class X86Vm:
         if cpu.left is not None and not cpu.stops:
             (why, status), cpu.left = cpu.left, None
             stop = exits.ended(self, cpu, why, status)
-        expired = not may_execute
+        expired, steps = not may_execute, STEPS_INLINE
         while stop is None:
             if cpu.stops:
                 return cpu.stops.pop(0)
-            if expired:
+            # work() leaves single steps to this thread.
+            if expired and not (steps and debugger.is_needed(cpu)):
                 if self._asks_kvm(cpu):
                     self._take_interrupt(cpu)
                 return None
+            steps -= expired
             stop = self._deliver(cpu) or self._step(cpu)
             expired = stop is None and self.meter.expired()
         return stop

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvmsim.engine.base import BusLock, Debug, Hlt, Io
+from kvmsim.engine.base import BusLock, Debug, Executing, Hlt, Io
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.breakpoints import Debugger, dr6_after
 from kvmsim.engine.x86.delivery import Event
@@ -314,3 +314,21 @@ def test_a_far_return_of_real_mode_is_right_behind_a_guest_that_was_watched(gues
     guest.put(HANDLER, HLT)
     assert isinstance(guest.run(), Hlt)
     assert guest.r.rip == HANDLER + 1
+
+
+@pytest.mark.parametrize("rounds", [0, 200])
+def test_a_guest_that_executes_nothing_inline_gets_to_a_watched_access(make_guest, rounds):
+    """Its steps are executed inline all the same, some at a time."""
+    guest = make_guest(inline_bytes=0, paced=False)
+    guest.long("e2 fe", "89 07", NOP, HLT)  # loop on itself; mov [rdi], eax
+    guest.q[r.RCX], guest.q[r.RDI] = rounds + 1, DATA
+    guest.cpu.debugger = outside((0, DATA, WRITE, 4))
+    stop = guest.run()
+    turns = 0
+    while isinstance(stop, Executing):
+        stop.work()
+        stop = guest.run()
+        turns += 1
+    assert isinstance(stop, Debug)
+    assert guest.r.rip == CODE + 4
+    assert turns == rounds // 50
