@@ -331,7 +331,7 @@ class X86Vm:
                 return None
             steps -= expired
             stop = self._deliver(cpu) or self._step(cpu)
-            expired = stop is None and self.meter.expired()
+            expired = stop is None and (not may_execute or self.meter.expired())
         return stop
 
     def _deliver(self, cpu: Cpu) -> Stop | None:
