@@ -35,37 +35,49 @@ ASK = 1 << 31
 ENGINES = frozenset({0xCC, 0xCD, 0xCE, 0xF1, 0x0F05, 0x0F34})
 #: Words of the control block. LAST: address of the last block's slot, 0 without one. BYTES: of code
 #: since the last record. ACTIONS: see ``LastBranches.actions``, ring 0 and the others. NEXT: who is
-#: to be called at the start of a block too, and with what.
+#: to be called at the start of a block too, and with what. WAY: slots of the blocks a branch was
+#: recorded between last, and the flags then; a loop goes the same way again and again.
 LAST, BYTES, ACTIONS, RECORDS, DEPTH_MASK, HFLAGS_AT, PYTHON, TABLE, NEXT, NEXT_DATA = range(10)
+WAY, WORDS = 10, 13
+NO_WAY = 1
 
 # Called with (uc: rdi, address: rsi, size: edx, control block: rcx). A slot of the table is: the
 # block's address, its last instruction's, its size and the bit of the branch's kind (32 bits each),
 # what it means to go straight on. The records are as ``LastBranches.address`` says.
 _ENTERED = bytes.fromhex(
+    # The way it went the last time it was recorded? Then it is again.
+    "4c 8b 01 48 8b 41 58 4c 3b 41 50 75 1f"  # r8 = slot of the last block; the one from there?
+    "48 39 30 75 1a 39 50 10 75 15"  # rax = slot it went to; this block?
+    "4c 8b 51 28 45 8b 12 44 33 51 60 41 f6 c2 03"  # the same privilege level?
+    "0f 84 a1 00 00 00"  # record
+    # full:
     "48 89 f0 48 c1 e8 05 31 f0"  # rax = address >> 5 ^ address
     "25 ff 3f 00 00 c1 e0 05 48 03 41 38"  # rax = slot of this block
-    "48 39 30 0f 85 d8 00 00 00"  # another address? Python
-    "39 50 10 0f 85 cf 00 00 00"  # another size? Python
-    "4c 8b 01 4d 85 c0 0f 84 a9 00 00 00"  # r8 = slot of the last block; none? enter
-    "45 8b 48 14 45 85 c9 0f 88 b6 00 00 00"  # r9d = its kind; ASK? Python
-    "0f 84 96 00 00 00"  # no branch? enter
+    "48 39 30 0f 85 dd 00 00 00"  # another address? Python
+    "39 50 10 0f 85 d4 00 00 00"  # another size? Python
+    "4d 85 c0 74 5e"  # no last block? enter
+    "45 8b 48 14 45 85 c9 0f 88 c2 00 00 00"  # r9d = its kind; ASK? Python
+    "74 4f"  # no branch? enter
     "45 8b 50 10 4d 03 10 49 39 f2 75 0f"  # does it end where this one begins? if not: taken
-    "45 8b 50 18 45 85 d2 0f 88 97 00 00 00 74 7b"  # what that means: Python, or no branch
+    "45 8b 50 18 45 85 d2 0f 88 a7 00 00 00 74 34"  # what that means: Python, or no branch
     # taken:
-    "4c 8b 51 28 44 8b 59 10"  # r11d = actions for ring 0
-    "41 f6 02 03 74 04 44 8b 59 14"  # in another one? those for the others
-    "45 85 cb 75 1c"  # is this kind recorded? record
-    "41 c1 eb 10 45 85 cb 74 5b"  # does it take away? if not: enter
-    "4c 8b 51 18 4d 8b 1a 49 ff cb 4c 23 59 20 4d 89 1a eb 48"  # TOS - 1; enter
+    "4c 8b 51 28 45 8b 12 44 8b 59 10"  # r10d = flags; r11d = actions for ring 0
+    "41 f6 c2 03 74 04 44 8b 59 14"  # in another one? those for the others
+    "45 85 cb 75 25"  # is this kind recorded? keep
+    "41 c1 eb 10 45 85 cb 74 11"  # does it take away? if not: enter
+    "4c 8b 51 18 4d 8b 1a 49 ff cb 4c 23 59 20 4d 89 1a"  # TOS - 1
+    # enter:
+    "48 89 01 89 d2 48 01 51 08 eb 55"  # the last block is this one; count its bytes; next
+    # keep:
+    "4c 89 41 50 48 89 41 58 44 89 51 60"  # this is the way it went
     # record:
     "4c 8b 51 18 4d 8b 1a 49 ff c3 4c 23 59 20 4d 89 1a"  # TOS + 1
     "4f 8d 54 da 08 4d 8b 40 08 4d 89 02"  # FROM = its last instruction
     "49 89 b2 00 01 00 00"  # TO = address
     "4c 8b 41 08 49 c1 e8 02 41 b9 ff ff 00 00 4d 39 c8 4d 0f 47 c1"  # cycles, 65535 at most
     "4d 89 82 00 02 00 00"  # INFO
-    "48 c7 41 08 00 00 00 00"  # bytes since the last record = 0
-    # enter:
-    "48 89 01 89 d2 48 01 51 08"  # the last block is this one; count its bytes
+    "48 89 01 89 d2 48 89 51 08"  # the last block is this one; bytes since the record are its
+    # next:
     "4c 8b 41 40 4d 85 c0 74 07 48 8b 49 48 41 ff e0 c3"  # call who comes next, if there is one
     # Python:
     "ff 61 30"
@@ -105,7 +117,7 @@ class BranchFeed:
         self._ambiguous: set[tuple[int, int]] = set()
         #: The last block, where its slot is the one for blocks that have none of their own.
         self._block = (0, 0)
-        self._control = (ctypes.c_uint64 * 10)()
+        self._control = (ctypes.c_uint64 * WORDS)()
         self._actions = (ctypes.c_uint32 * 2).from_buffer(self._control, 8 * ACTIONS)
         self._code = None if native is False else machine_code.new()
         self._table: Any = None
@@ -127,6 +139,7 @@ class BranchFeed:
         on = lbr is not None and lbr.enabled
         self._cpu = cpu if on else None
         self._control[LAST] = 0
+        self._control[WAY] = NO_WAY
         if on:
             self._recording.add(cpu)
         else:
@@ -146,7 +159,7 @@ class BranchFeed:
         if self._table is None:
             # One more slot than the table has: that of a block without one.
             self._table = (ctypes.c_uint64 * (SLOT_WORDS * (SLOTS + 1)))()
-            control[TABLE] = ctypes.addressof(self._table)
+            control[TABLE] = control[WAY + 1] = ctypes.addressof(self._table)
             self._table[SLOT_WORDS * SLOTS + 2] = ASK << 32
             python = CODE_CALLBACK(self._entered)
             self._callbacks.append(python)
@@ -280,6 +293,7 @@ class BranchFeed:
             straight = ASK if end.target == end.source + end.found.length else 0
         words = (address, end.source, size | kind << 32, straight)
         self._table[SLOT_WORDS * slot : SLOT_WORDS * (slot + 1)] = words
+        self._control[WAY] = NO_WAY
         return slot
 
     def _end_of(self, block: tuple[int, int]) -> _End:
