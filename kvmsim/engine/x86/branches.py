@@ -14,6 +14,7 @@ instruction is anyway. On hosts without machine code it is called for all.
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmsim.engine.x86 import conditions, machine_code
@@ -84,6 +85,19 @@ _ENTERED = bytes.fromhex(
 )
 
 
+@cache
+def _entered() -> int | None:
+    """Address of the machine code, the same for all VMs; None: there can be none here."""
+    code = machine_code.new()
+    if code is None:
+        return None
+    _CODE.append(code)
+    return code.place(_ENTERED)
+
+
+_CODE: list[machine_code.Code] = []
+
+
 class _End(NamedTuple):
     """How a block ends.
 
@@ -119,7 +133,7 @@ class BranchFeed:
         self._block = (0, 0)
         self._control = (ctypes.c_uint64 * WORDS)()
         self._actions = (ctypes.c_uint32 * 2).from_buffer(self._control, 8 * ACTIONS)
-        self._code = None if native is False else machine_code.new()
+        self._native = native is not False
         self._table: Any = None
         self._callbacks: list[object] = []
         self._next: Any = None
@@ -165,7 +179,7 @@ class BranchFeed:
             self._callbacks.append(python)
             control[PYTHON] = ctypes.cast(python, ctypes.c_void_p).value or 0
         control[HFLAGS_AT] = ctypes.addressof(ctypes.c_char.from_buffer(unicorn.env)) + HFLAGS
-        entered = control[PYTHON] if self._code is None else self._code.place(_ENTERED)
+        entered = (_entered() if self._native else None) or control[PYTHON]
         self._hook = unicorn.hook_block(ctypes.c_void_p(entered), ctypes.addressof(control))
         meter = self._vm.meter
         if meter.counts:
