@@ -138,7 +138,8 @@ class Lapic:
         self.external: int | None = None
         self.eoi_exit: int | None = None
         self.timer = ApicTimer()
-        self.base = vcpu.apic_base
+        # It may be an x2APIC already when somebody looks for the first time.
+        self.base = vcpu.apic_base & ~X2APIC_ENABLE
         self.regs = bytearray(KVM_LAPIC_STATE.size_bytes)
         self.put(ID, (vcpu.id & 0xFF) << 24)
         self.reset()
