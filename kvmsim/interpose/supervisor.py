@@ -18,7 +18,9 @@ import trio
 
 from kvmsim.abi.exits import Exit
 from kvmsim.abi.ioctls import (
+    KVM_CLEAR_DIRTY_LOG,
     KVM_CREATE_VM,
+    KVM_GET_DIRTY_LOG,
     KVM_MEMORY_ENCRYPT_OP,
     KVM_RUN,
     KVM_SET_USER_MEMORY_REGION,
@@ -65,9 +67,15 @@ _DOUBT_S = 0.001
 _DOUBTS = 5
 _LOW32 = 0xFFFF_FFFF
 
-#: Calls to a VM after which its guest has other memory; no code of it executes meanwhile.
-_CHANGE_MEMORY = frozenset(
-    {KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2, KVM_MEMORY_ENCRYPT_OP}
+#: Calls to a VM about its memory; no code of its guest executes meanwhile.
+_MEMORY_CALLS = frozenset(
+    {
+        KVM_SET_USER_MEMORY_REGION,
+        KVM_SET_USER_MEMORY_REGION2,
+        KVM_MEMORY_ENCRYPT_OP,
+        KVM_GET_DIRTY_LOG,
+        KVM_CLEAR_DIRTY_LOG,
+    }
 )
 
 
@@ -313,8 +321,8 @@ class Supervisor:
             self.listener.answer(number, max(result, 0), max(-result, 0))
 
     def _pause(self, file: KvmFile, request: int) -> None:
-        """Let no code of a VM execute until a call that changes its memory is answered."""
-        if self._code is not None and request in _CHANGE_MEMORY and isinstance(file, Vm):
+        """Let no code of a VM execute until a call about its memory is answered."""
+        if self._code is not None and request in _MEMORY_CALLS and isinstance(file, Vm):
             self._code.pause(file)
 
     def _caller(

@@ -47,7 +47,8 @@ static void start(struct vm *vm, int id, uint64_t bx)
 	CHECK(ioctl(vm->vcpu[id], KVM_SET_REGS, &regs) == 0);
 }
 
-static int detects; /* bus locks; has to be said before there is a vCPU */
+/* What has to be said before there is a vCPU. */
+static int detects, encrypts;
 
 static struct vm make(const void *code, size_t size)
 {
@@ -58,6 +59,8 @@ static struct vm make(const void *code, size_t size)
 	vm.vm = vm_new(vm.kvm);
 	if (detects)
 		CHECK(ioctl(vm.vm, KVM_ENABLE_CAP, &cap) == 0);
+	if (encrypts)
+		sev_init(vm.vm);
 	vm.ram = mmap(NULL, RAM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	CHECK(vm.ram != MAP_FAILED);
 	memcpy(vm.ram + BASE, code, size);
@@ -254,13 +257,12 @@ static void signalled(void)
 	}
 }
 
+/* Where the descriptor or the VM goes away under it, the call fails: its errno. */
 static void *spin(void *of)
 {
 	struct vm *vm = of;
 
-	/* Where the descriptor or the VM goes away under it, the call fails; that is all. */
-	ioctl(vm->vcpu[0], KVM_RUN, 0);
-	return NULL;
+	return (void *)(intptr_t)(ioctl(vm->vcpu[0], KVM_RUN, 0) ? errno : 0);
 }
 
 /* Calls of other threads are answered while a guest spins; microseconds of the slowest. */
@@ -353,10 +355,12 @@ static void kinds(void)
 /* The guest spins until the client is ended from outside, or ends with it. */
 static void forever(const char *how)
 {
-	struct vm vm = MAKE(SPIN);
 	pthread_t thread;
+	struct vm vm;
+	void *error;
 
-	CHECK(sev_init(vm.vm) <= 0);
+	encrypts = 1;
+	vm = MAKE(SPIN);
 	CHECK(pthread_create(&thread, NULL, spin, &vm) == 0);
 	usleep(50000);
 	if (strcmp(how, "exit") == 0)
@@ -371,7 +375,10 @@ static void forever(const char *how)
 		CHECK(pthread_join(thread, NULL) == 0);
 		return;
 	}
-	printf("spins\n");
+	printf("spins %d\n", getpid());
+	fflush(stdout);
+	CHECK(pthread_join(thread, &error) == 0);
+	printf("errno %d\n", (int)(intptr_t)error);
 	fflush(stdout);
 	pause();
 }
