@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import clients
+import engines
 import figures
 import report
 import rows
@@ -28,7 +29,7 @@ ALL_WORLDS: dict[str, Callable[[Path], AbstractContextManager[worlds.World]]] = 
     "C libfuse": worlds.c_libfuse,
     "cgfs": worlds.ours,
 }
-ALL_FIGURES = {**figures.FIGURES, **clients.FIGURES, **spinning.FIGURES}
+ALL_FIGURES = {**figures.FIGURES, **clients.FIGURES, **spinning.FIGURES, **engines.FIGURES}
 
 
 def main() -> int:
