@@ -40,6 +40,7 @@ EVENT_RESERVED = 0xFFFF_FFFF_0020_0000
 EVENT_ON_AND_INTERRUPTS = 1 << 22 | 1 << 20
 FIXED_INTERRUPTS = 1 << 3
 FIRST_FIXED_BIT = 32
+RDPMC_FIXED, RDPMC_FAST = 1 << 30, 1 << 31
 OVF_CTRL_ANYWHERE = 3 << 62
 _U64 = (1 << 64) - 1
 
@@ -244,6 +245,20 @@ def _kept(vcpu: Vcpu, index: int, value: int, *, host_initiated: bool) -> int | 
         value &= 0xFFFF_FFFF
         value |= (_U64 << 32) & _U64 if value >> 31 else 0
     return value & width
+
+
+def rdpmc(vcpu: Vcpu, index: int) -> int | None:
+    """A counter by its number for RDPMC; None: #GP.
+
+    Linux 6.12 pmu_intel.c ``intel_rdpmc_ecx_to_pmc``: bit 30 fixed counters, bit 31 only 32 bits.
+    """
+    if not version(vcpu):
+        return None
+    fixed, number = bool(index & RDPMC_FIXED), index & ~(RDPMC_FIXED | RDPMC_FAST)
+    if number >= (_fixed_counters(vcpu) if fixed else _counters(vcpu)):
+        return None
+    value = of(vcpu).values.get((FIXED_COUNTER if fixed else COUNTER) + number, 0)
+    return value & 0xFFFF_FFFF if index & RDPMC_FAST else value
 
 
 def overflowed(vcpu: Vcpu, counter: int) -> bool:

@@ -212,8 +212,14 @@ def _rdtsc(cpu: Cpu, found: Instruction) -> None:
 
 
 def _rdpmc(cpu: Cpu, found: Instruction) -> None:
-    del cpu, found
-    raise Fault(GP)
+    registers = cpu.registers
+    if registers.cpl and not registers.cr4 & CR4_PCE:
+        raise Fault(GP)
+    value = cpu.policy.rdpmc(cpu, registers.q[r.RCX] & r.U32)
+    if value is None:
+        raise Fault(GP)
+    _wide(cpu, value)
+    registers.advance(found.length)
 
 
 def _rdmsr(cpu: Cpu, found: Instruction) -> Stop | None:

@@ -43,6 +43,9 @@ class Policy(Protocol):
     def wrmsr(self, cpu: Cpu, index: int, value: int) -> bool | Wrmsr:
         """Write a register the engine does not keep; False: #GP; a stop: user space answers."""
 
+    def rdpmc(self, cpu: Cpu, index: int) -> int | None:
+        """A performance counter, as RDPMC counts them; None: #GP."""
+
     def tsc(self, cpu: Cpu) -> int:
         """The time stamp counter."""
 
@@ -90,6 +93,11 @@ class PlainPolicy:
         """See :meth:`Policy.wrmsr`."""
         del cpu, index, value
         return False
+
+    def rdpmc(self, cpu: Cpu, index: int) -> int | None:
+        """See :meth:`Policy.rdpmc`."""
+        del cpu, index
+        return None
 
     def tsc(self, cpu: Cpu) -> int:
         """See :meth:`Policy.tsc`."""

@@ -19,6 +19,7 @@ from kvmsim.kvm import (
     msr_filter,
     msr_rules,
     msrs,
+    pmu,
     pvclock,
     sregs,
 )
@@ -83,6 +84,10 @@ class VcpuPolicy:
         if cpu.registers.cpl and msr_rules.stored(vcpu, abi.MISC_FEATURES_ENABLES) & 1:
             raise Fault(GP)
         return cpuid_guest.read(vcpu, leaf, subleaf)
+
+    def rdpmc(self, cpu: Cpu, index: int) -> int | None:
+        """See ``Policy``."""
+        return pmu.rdpmc(self.vcpus[cpu], index)
 
     def tsc(self, cpu: Cpu) -> int:
         """See ``Policy``."""
