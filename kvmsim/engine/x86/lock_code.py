@@ -2,8 +2,9 @@
 
 It computes the linear address of the operand, and returns where the operand stays within a cache
 line of a page known to be write-back memory, and no bus lock is expected to have been taken just
-before. Where it crosses a line between such pages, and somebody is there to look behind the
-instruction, a bus lock is expected from then on. Everything else is for Python to look at.
+before. Where it crosses a line between such pages, a bus lock is expected from then on, if somebody
+is there to look behind the instruction; or, fault-like, the emulator stops unless this lock is
+admitted. Everything else is for Python to look at.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _NO_PAGE = (1 << 64) - 1
 _SHIFTS = {1: 0, 2: 1, 4: 2, 8: 3}
 #: Operands of this size fault where they are not aligned.
 _ALIGNED = 16
-_PYTHON, _CROSSES, _QUIET = "python", "crosses", "quiet"
+_PYTHON, _CROSSES, _QUIET, _STOPS, _ADMITTED = "python", "crosses", "quiet", "stops", "admitted"
+TRAP_LIKE, FAULT_LIKE = 1, 2
 
 
 class CalmPages:
@@ -55,10 +57,13 @@ class Expected(ctypes.Structure):
 
     Attributes:
         lock: whether there is one.
-        open: machine code may expect locks by itself.
+        open: what machine code may do by itself: nothing, ``TRAP_LIKE`` or ``FAULT_LIKE``.
         rip: of the instruction.
         met_rip: of the instruction with a callback that came last.
         met_source: the emulator's operand of lazily computed flags then.
+        admitted: linear address of the instruction that may take its bus lock; -1: none.
+        passed: bus locks that were admitted and taken.
+        stopped: linear address of the one that was not.
     """
 
     _fields_ = (
@@ -67,6 +72,9 @@ class Expected(ctypes.Structure):
         ("rip", ctypes.c_uint64),
         ("met_rip", ctypes.c_uint64),
         ("met_source", ctypes.c_uint64),
+        ("admitted", ctypes.c_int64),
+        ("passed", ctypes.c_uint64),
+        ("stopped", ctypes.c_uint64),
     )
 
 
@@ -149,14 +157,26 @@ class LockCode:
         yield Jump(_PYTHON, EQUAL)
         yield from _unless_calm(b"\x49\x89\xd0")  # mov r8, rdx
         yield from _unless_calm(b"\x4c\x8d\x42" + bytes([site.size - 1]))  # lea r8, [rdx+size-1]
+        yield b"\x83\x79\x04" + bytes([FAULT_LIKE])  # cmp dword [rcx+4], FAULT_LIKE
+        yield Jump(_STOPS, EQUAL)
         yield b"\xc7\x01\x01\x00\x00\x00"  # mov dword [rcx], 1
         yield b"\x48\x8b\x90" + _offset(RIP) + b"\x48\x89\x51\x08"  # mov rdx, rip; mov [rcx+8]
         yield b"\xc3"
+        yield Label(_STOPS)
+        yield b"\x48\xba" + u64(site.address)  # mov rdx, address
+        yield b"\x48\x39\x51\x20"  # cmp [rcx+32], rdx
+        yield Jump(_ADMITTED, EQUAL)
+        yield b"\x48\x89\x51\x30"  # mov [rcx+48], rdx
+        yield b"\x48\xbf" + u64(self._native.handle) + _jump(self._native.emu_stop)  # mov rdi
+        yield Label(_ADMITTED)
+        yield b"\x48\xc7\x41\x20\xff\xff\xff\xff"  # mov qword [rcx+32], -1
+        yield b"\x48\xff\x41\x28\xc3"  # inc qword [rcx+40]; ret
 
     def arm(self, site: Site) -> None:
-        """Somebody looks behind a site: its locks may be expected without asking."""
+        """Python has seen a site, and somebody looks behind it where that is needed."""
         cells = self._cells.get(site.address)
-        if cells is not None and not site.ambiguous and site.size < _ALIGNED:
+        # Address 0 stands for none in what is stopped.
+        if cells is not None and site.address and not site.ambiguous and site.size < _ALIGNED:
             cells.armed = 1
 
     def never_calm(self, address: int) -> None:

@@ -25,7 +25,7 @@ from kvmsim.engine.base import BusLock
 from kvmsim.engine.x86 import breakpoints, control, paging, sites
 from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86.delivery import DB
-from kvmsim.engine.x86.lock_code import Expected, LockCode
+from kvmsim.engine.x86.lock_code import FAULT_LIKE, TRAP_LIKE, Expected, LockCode
 from kvmsim.engine.x86.memory import NoMemory
 from kvmsim.engine.x86.registers import (
     CC_SRC,
@@ -99,7 +99,7 @@ class Watch:
         self._points_hooked: set[int] = set()
         native = vm.unicorn.native
         self._lock_code = None
-        self._opened = False
+        self._opened = 0
         self._start = vm.unicorn.start if native is None else native.start
         self._settles = native is not None
         if native is not None:
@@ -129,6 +129,8 @@ class Watch:
         status = self._start(registers.q[RIP // 8])
         if self._why is Why.NOTHING and self._expected.lock:
             self._why = Why.LOCKED  # machine code stopped
+        if self._opened == FAULT_LIKE:
+            self._read_admissions(cpu)
         if not self._settles:
             registers.settle_flags(self._unicorn.flags())
         if self._why in _FAULTS:
@@ -166,10 +168,25 @@ class Watch:
 
     def _open(self, cpu: Cpu) -> None:
         """Whether machine code may find bus locks by itself, this time."""
-        opened = not (self.stepping or self._vm.policy.fault_like or self._raises_ac(cpu))
+        opened = 0
+        if not self.stepping and not self._raises_ac(cpu):
+            opened = FAULT_LIKE if self._vm.policy.fault_like else TRAP_LIKE
         if opened != self._opened:
             self._opened = opened
             self._expected.open = opened
+        if opened == FAULT_LIKE:
+            self._expected.admitted = cpu.admitted
+
+    def _read_admissions(self, cpu: Cpu) -> None:
+        """What machine code did about fault-like bus locks."""
+        expected = self._expected
+        if expected.passed:
+            cpu.bus_locks += expected.passed
+            cpu.admitted = -1
+            expected.passed = 0
+        if expected.stopped:
+            self._why, self.site = Why.LOCK, self._sites[expected.stopped]
+            expected.stopped = 0
 
     def arm(self, cpu: Cpu) -> None:
         """Stop in front of the code breakpoints a vCPU has at this moment, and at no data."""
@@ -310,10 +327,12 @@ class Watch:
         if not self._vm.policy.fault_like:
             self._expect(site)
             return
+        if self._lock_code is not None:
+            self._lock_code.arm(site)
         if cpu.admitted != site.address:
             self._stop(Why.LOCK)
             return
-        cpu.admitted = -1
+        cpu.admitted = self._expected.admitted = -1
         cpu.bus_locks += 1
 
     def _raises_ac(self, cpu: Cpu) -> bool:
