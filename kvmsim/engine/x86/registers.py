@@ -72,11 +72,15 @@ class Registers:
 
     Args:
         env: ``ENV_BYTES`` of CPU state.
+
+    Attributes:
+        debug_writes: how often debug registers were set.
     """
 
-    __slots__ = ("d", "env", "q")
+    __slots__ = ("d", "debug_writes", "env", "q")
 
     def __init__(self, env: memoryview) -> None:
+        self.debug_writes = 0
         self.look_at(env)
 
     def look_at(self, env: memoryview) -> None:
@@ -170,18 +174,10 @@ class Registers:
         """DR0 to DR7."""
         return self.q[_DR // 8 + number]
 
-    def debug_bytes(self) -> bytes:
-        """DR0 to DR7 at once, to compare."""
-        return bytes(self.env[_DR : _DR + 64])
-
-    @property
-    def interrupts_on(self) -> int:
-        """The interrupt flag, not 0 when it is set."""
-        return self.q[_EFLAGS // 8] & FLAG_IF
-
     def set_debug(self, number: int, value: int) -> None:
         """Set DR0 to DR7. Breakpoints are not armed by it."""
         self.q[_DR // 8 + number] = value
+        self.debug_writes += 1
 
     def xmm(self, number: int) -> bytes:
         """XMM register, 16 bytes."""

@@ -15,10 +15,12 @@ from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import BP, DB, NMI, OF, Event
 from kvmsim.kvm import clock, debug, events, fpu, lbr, msr_rules, pvclock, sregs, steal_time
 from kvmsim.kvm.dispatch import state_of
+from kvmsim.kvm.page import U8_REQUEST_INTERRUPT_WINDOW
 from kvmsim.kvm.x86 import policy
 
 if TYPE_CHECKING:
     from kvmsim.engine.x86.cpu import Cpu
+    from kvmsim.kvm.debug import GuestDebug
     from kvmsim.kvm.sregs import Sregs
     from kvmsim.kvm.vcpu import Vcpu
     from kvmsim.kvm.x86.policy import VcpuPolicy
@@ -42,7 +44,7 @@ _RIGHTS = (
     *(("type", 8, 4), ("s", 12, 1), ("dpl", 13, 2), ("present", 15, 1)),
     *(("avl", 20, 1), ("l", 21, 1), ("db", 22, 1), ("g", 23, 1)),
 )
-_DEBUG = struct.Struct("<8Q")
+_RIP, _EFLAGS = r.RIP // 8, r.EFLAGS // 8
 SHADOW_MOV_SS, SHADOW_STI = 1, 2
 
 
@@ -64,29 +66,10 @@ class VcpuRegisters:
     """
 
     __slots__ = (
-        *(
-            "_area",
-            "_clock",
-            "_cpu",
-            "_debug",
-            "_delivered",
-            "_events",
-            "_msrs",
-            "_raw_fpu",
-            "_pvclock",
-            "_regs",
-        ),
-        *(
-            "_rip",
-            "_running",
-            "_sregs",
-            "_stolen",
-            "_vcpu",
-            "events_ahead",
-            "fpu_ahead",
-            "regs_ahead",
-            "sregs_ahead",
-        ),
+        *("_area", "_clock", "_cpu", "_debug_writes", "_delivered", "_dr", "_dr6", "_dr7"),
+        *("_events", "_msrs", "_not_ready", "_page", "_pvclock", "_raw_fpu", "_regs", "_rip"),
+        *("_running", "_sregs", "_stolen", "_vcpu"),
+        *("events_ahead", "fpu_ahead", "regs_ahead", "sregs_ahead"),
     )
 
     _cpu: Cpu
@@ -94,8 +77,12 @@ class VcpuRegisters:
     def __init__(self, vcpu: Vcpu) -> None:
         self._vcpu = vcpu
         self._regs = self._sregs = self._area = self._raw_fpu = b""
-        self._debug = b""
+        self._dr: list[int] = []
+        self._dr6 = self._dr7 = self._debug_writes = -1
         self._delivered = 0
+        self._page = vcpu.run.u8
+        #: What the page says of a guest that takes no interrupts: an in-kernel PIC is always ready.
+        self._not_ready = 1 if vcpu.vm.irqchip else 0
         self._rip = -1
         self._running = False
         self._events = events.of(vcpu)
@@ -112,7 +99,36 @@ class VcpuRegisters:
     # -- into the engine ---------------------------------------------------------------------------
 
     def load(self, cpu: Cpu) -> None:
-        """See ``RegisterFile``."""
+        """See ``RegisterFile``. Most entries find nothing changed."""
+        vcpu = self._vcpu
+        if self.regs_ahead and self.sregs_ahead and self.fpu_ahead and self.events_ahead:
+            if vcpu.rip != self._rip:
+                cpu.registers.rip = vcpu.rip
+        else:
+            self._load_registers(cpu)
+        cpu.nmi_masked = self._events.nmi_masked
+        if self._msrs.changed:
+            policy.share_msrs(vcpu, cpu)
+        if self._pvclock.seen != self._clock.changes:
+            now_ns = cast("VcpuPolicy", cpu.policy).now_ns(cpu)
+            pvclock.enter(vcpu, cpu.memory, now_ns)
+        if self._stolen.due:
+            steal_time.enter(vcpu, cpu.memory)
+        cpu.cr8 = vcpu.cr8
+        cpu.wants_window = self._page[U8_REQUEST_INTERRUPT_WINDOW] != 0
+        state = vcpu.debug
+        if state is not None:
+            cpu.lbr = None if state.lbr is None else lbr.recording(vcpu)
+            if state.control or cpu.debugger is not None:
+                cpu.debugger = debug.debugger_of(state)
+            if state.dr6 != self._dr6 or state.dr7 != self._dr7 or state.dr != self._dr:
+                self._load_debug(state, cpu)
+            if state.delivered != self._delivered:
+                self._delivered = state.delivered
+                cpu.queue(Event(DB))
+        self._running = True
+
+    def _load_registers(self, cpu: Cpu) -> None:
         vcpu = self._vcpu
         if vcpu.mirror is not self:
             self._cpu, vcpu.mirror = cpu, self
@@ -126,19 +142,6 @@ class VcpuRegisters:
             self._load_fpu()
         if not self.events_ahead:
             cpu.registers.shadow = bool(self._events.shadow)
-        cpu.nmi_masked = self._events.nmi_masked
-        if self._msrs.changed:
-            policy.share_msrs(vcpu, cpu)
-        if self._pvclock.seen != self._clock.changes:
-            now_ns = cast("VcpuPolicy", cpu.policy).now_ns(cpu)
-            pvclock.enter(vcpu, cpu.memory, now_ns)
-        if self._stolen.due:
-            steal_time.enter(vcpu, cpu.memory)
-        cpu.lbr = lbr.recording(vcpu)
-        cpu.cr8 = vcpu.cr8
-        cpu.wants_window = bool(vcpu.run.request_interrupt_window)
-        self._load_debug(cpu)
-        self._running = True
         self._ahead()
 
     def _ahead(self) -> None:
@@ -169,20 +172,14 @@ class VcpuRegisters:
             self._raw_fpu = b""
         self._cpu.xcr0 = state.xcr0
 
-    def _load_debug(self, cpu: Cpu) -> None:
-        state = self._vcpu.debug
-        if state is None:
-            return
-        cpu.debugger = debug.debugger_of(state)
+    def _load_debug(self, state: GuestDebug, cpu: Cpu) -> None:
+        self._dr, self._dr6, self._dr7 = list(state.dr), state.dr6, state.dr7
         registers = cpu.registers
-        values = (*state.dr, 0, 0, state.dr6, state.dr7)
-        if _DEBUG.pack(*values) != self._debug:
-            for number in (0, 1, 2, 3, 6, 7):
-                registers.set_debug(number, values[number])
-            self._debug = registers.debug_bytes()
-        if state.delivered != self._delivered:
-            self._delivered = state.delivered
-            cpu.queue(Event(DB))
+        for number, value in enumerate(state.dr):
+            registers.set_debug(number, value)
+        registers.set_debug(6, state.dr6)
+        registers.set_debug(7, state.dr7)
+        self._debug_writes = registers.debug_writes
 
     def deliver(self, cpu: Cpu) -> None:
         """See ``RegisterFile``. A #DB goes by way of the debug state."""
@@ -202,25 +199,26 @@ class VcpuRegisters:
     def store(self, cpu: Cpu) -> None:
         """See ``RegisterFile``."""
         vcpu, registers = self._vcpu, cpu.registers
+        q = registers.q
         self._running = False
-        self._ahead()
-        vcpu.rip = self._rip = registers.rip
+        self.regs_ahead = self.sregs_ahead = self.fpu_ahead = self.events_ahead = True
+        vcpu.rip = self._rip = q[_RIP]
         vcpu.cr8 = cpu.cr8
         self._events.nmi_masked = cpu.nmi_masked
-        vcpu.note_interrupt_flag(bool(registers.interrupts_on), held=self._holds(cpu))
-        found = registers.debug_bytes()
-        if found != self._debug:
-            self._store_debug(found)
+        if q[_EFLAGS] & r.FLAG_IF:
+            held = registers.shadow or bool(cpu.events) or self._events.waiting
+            vcpu.note_interrupt_flag(True, held=held)
+        else:
+            vcpu.ready_and_if = self._not_ready
+        if registers.debug_writes != self._debug_writes:
+            self._debug_writes = registers.debug_writes
+            self._store_debug(cpu)
 
-    def _holds(self, cpu: Cpu) -> bool:
-        """Whether an interrupt cannot be injected although the guest allows interrupts."""
-        return cpu.registers.shadow or bool(cpu.events) or self._events.waiting
-
-    def _store_debug(self, found: bytes) -> None:
-        self._debug = found
-        values = _DEBUG.unpack(found)
+    def _store_debug(self, cpu: Cpu) -> None:
+        read = cpu.registers.debug
         state = debug.of(self._vcpu)
-        state.dr, state.dr6, state.dr7 = list(values[:4]), values[6], values[7]
+        state.dr, state.dr6, state.dr7 = [read(number) for number in range(4)], read(6), read(7)
+        self._dr, self._dr6, self._dr7 = list(state.dr), state.dr6, state.dr7
 
     def fetch_regs(self) -> bytes:
         """The bytes of ``kvm_regs``, as KVM has them from here on."""
