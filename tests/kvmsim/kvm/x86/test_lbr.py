@@ -8,14 +8,14 @@ from kvmsim.kvm.lbr import State
 
 pytest.importorskip("unicorn")
 
-CODE, DATA, HANDLER = 0x1000, 0x8000, 0x2000
+CODE, HANDLER = 0x1000, 0x2000
 HLT = "f4"
 ICE_LAKE = 'vendor = "intel"\nfamily = 6\nmodel = 106\n[pmu]\n'
 DEBUGCTL, SELECT, TOS, FROM, TO = 0x1D9, 0x1C8, 0x1C9, 0x680, 0x6C0
 
 
 def wrmsr(index, value):
-    """27 bytes... of code: mov ecx, index; mov eax, value; xor edx, edx; wrmsr."""
+    """Code: mov ecx, index; mov eax, value; xor edx, edx; wrmsr."""
     low = index.to_bytes(4, "little").hex(), value.to_bytes(4, "little").hex()
     return f"b9 {low[0]} b8 {low[1]} 31 d2 0f 30"
 
@@ -42,48 +42,74 @@ def begin(start):
     return begin
 
 
-def test_t_e_2_every_kind_of_branch_is_recorded_at_its_place(begin):
-    guest = begin(
-        ON,
-        "e8 05 00 00 00",  # 0: call 10
-        "48 ff d0",  # 5: call rax (11)
-        "eb 03",  # 8: jmp 13
-        "c3",  # 10: ret
-        "c3",  # 11: ret
-        "90",
-        "31 db",  # 13: xor ebx, ebx
-        "75 05",  # 15: jne, not taken
-        "74 01",  # 17: je 20
-        "90",
-        "ff e2",  # 20: jmp rdx (22)
-        "0f 05",  # 22: syscall
-        OFF,
-        HLT,
-    )
-    s = START
-    # CPUID does not matter to SYSCALL here: SCE is on.
-    guest.set_regs(rax=s + 11, rdx=s + 22)
-    assert msrs.write(guest.vcpu, 0xC0000081, 8 << 32, 0)
-    assert msrs.write(guest.vcpu, 0xC0000082, s + 24, 0)
-    # ON clobbers RAX and RDX: give them back.
-    fix = f"48 c7 c0 {(s + 14 + 11).to_bytes(4, 'little').hex()}"
-    fix += f"48 c7 c2 {(s + 14 + 22).to_bytes(4, 'little').hex()}"
-    code = bytes(guest.ram[s : s + 64])
-    guest.put(s, fix)
-    guest.ram[s + 14 : s + 14 + 64] = code
-    assert msrs.write(guest.vcpu, 0xC0000082, s + 14 + 24, 0)
+#: Behind ON: where RAX and RDX lead is loaded first.
+BODY = START + 14
+KINDS = (
+    f"48 c7 c0 {(BODY + 11).to_bytes(4, 'little').hex()}",  # mov rax, the second RET
+    f"48 c7 c2 {(BODY + 22).to_bytes(4, 'little').hex()}",  # mov rdx, the SYSCALL
+    "e8 05 00 00 00",  # 0: call 10
+    "48 ff d0",  # 5: call rax (11)
+    "eb 03",  # 8: jmp 13
+    "c3",  # 10: ret
+    "c3",  # 11: ret
+    "90",
+    "31 db",  # 13: xor ebx, ebx
+    "75 05",  # 15: jne, not taken
+    "74 01",  # 17: je 20
+    "90",
+    "ff e2",  # 20: jmp rdx (22)
+    "0f 05",  # 22: syscall, to 24
+    OFF,
+    HLT,
+)
+CONDITIONAL, CALL, INDIRECT_CALL, RETURN, INDIRECT_JUMP, JUMP, FAR = range(2, 9)
+TAKEN = (
+    (CALL, 0, 10),
+    (RETURN, 10, 5),
+    (INDIRECT_CALL, 5, 11),
+    (RETURN, 11, 8),
+    (JUMP, 8, 13),
+    (CONDITIONAL, 17, 20),
+    (INDIRECT_JUMP, 20, 22),
+    (FAR, 22, 24),
+)
+
+
+def all_kinds(begin, select):
+    guest = begin(ON, *KINDS)
+    assert msrs.write(guest.vcpu, 0xC0000081, 8 << 32, 0)  # STAR
+    assert msrs.write(guest.vcpu, 0xC0000082, BODY + 24, 0)  # LSTAR
+    assert msrs.write(guest.vcpu, SELECT, select, 0)
     assert guest.run() == Exit.HLT
-    s += 14
-    assert records(guest) == [
-        (s, s + 10),
-        (s + 10, s + 5),
-        (s + 5, s + 11),
-        (s + 11, s + 8),
-        (s + 8, s + 13),
-        (s + 17, s + 20),
-        (s + 20, s + 22),
-        (s + 22, s + 24),
-    ]
+    return [(source - BODY, target - BODY) for source, target in records(guest)]
+
+
+def test_t_e_2_every_kind_of_branch_is_recorded_at_its_place(begin):
+    assert all_kinds(begin, 0) == [(source, target) for _, source, target in TAKEN]
+
+
+@pytest.mark.parametrize("hidden", range(2, 9))
+def test_t_e_2_each_bit_of_the_filter_hides_one_kind(begin, hidden):
+    shown = [(source, target) for kind, source, target in TAKEN if kind != hidden]
+    assert all_kinds(begin, 1 << hidden) == shown
+
+
+@pytest.mark.parametrize(("select", "shown"), [(1, 0), (2, len(TAKEN))])
+def test_t_e_2_the_filter_of_ring_0_hides_all_of_ring_0(begin, select, shown):
+    assert len(all_kinds(begin, select)) == shown
+
+
+def test_t_e_2_call_stack_mode_leaves_the_calls_that_are_open(begin):
+    guest = begin(wrmsr(SELECT, 1 << 9), ON, "e8 01 00 00 00", HLT, "e8 01 00 00 00", "90")
+    first = START + WRMSR_BYTES
+    inner = first + 6 + 6
+    # The inner routine calls and returns once, then stops recording.
+    guest.put(inner, "e8 0f 00 00 00", OFF, HLT)
+    guest.put(inner + 5 + 15, "c3")
+    assert guest.run() == Exit.HLT
+    tos = lbr.of(guest.vcpu).records.tos
+    newest = list(lbr.of(guest.vcpu).records.newest())[:tos]
+    assert newest == [(first + 6, inner), (first, first + 6)]
 
 
 def test_the_guest_reads_its_last_branches(begin):
