@@ -36,10 +36,10 @@ from kvmsim.interpose.eventfds import Eventfds
 from kvmsim.interpose.executor import Stuck
 from kvmsim.interpose.filter import NR_IOCTL
 from kvmsim.interpose.notify import answer_calls
+from kvmsim.interpose.parked import Parked
 from kvmsim.interpose.remap import Remap
 from kvmsim.interpose.roles import Readable, Releasable
-from kvmsim.interpose.runs import LAST_LOOK_NS, LOOKS_APART_NS, Run, fail
-from kvmsim.interpose.signals import pending
+from kvmsim.interpose.runs import Run, fail
 from kvmsim.kvm import steal_time
 from kvmsim.kvm.devsev import SevFile
 from kvmsim.kvm.dispatch import KvmFile
@@ -96,6 +96,7 @@ class Supervisor:
         loop: as given.
         descriptors: every object the clients hold.
         clients: who has called.
+        parked: KVM_RUNs that wait for their guests.
         nr_calls: calls received.
     """
 
@@ -123,8 +124,7 @@ class Supervisor:
         self._limited = loop.timeline.has_limiter
         self._runs: dict[Vcpu, Run] = {}
         self._readable: dict[Readable, Descriptor] = {}
-        self._parked: dict[Run, None] = {}
-        self._parked_one = trio.Event()
+        self.parked = Parked(listener, loop, self._gone)
         self._calling: Thread | None = None
         self._late: list[Notification] = []
         self._late_one = trio.Event()
@@ -138,7 +138,7 @@ class Supervisor:
         """Answer calls until no task of the client tree is left."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_closes)
-            nursery.start_soon(self._watch_signals)
+            nursery.start_soon(self.parked.watch_signals)
             nursery.start_soon(self._handle_late)
             nursery.start_soon(self._eventfds.serve)
             await answer_calls(self.listener, self.handle)
@@ -148,7 +148,7 @@ class Supervisor:
         """Release everything the clients held; calls that still come fail with ENOSYS."""
         self.listener.close()
         now_ns = self.loop.catch_up()
-        for run in list(self._parked):
+        for run in self.parked:
             self._abandon(run, now_ns)
         self.descriptors.close(self._released)
         if self._code is not None:
@@ -167,21 +167,6 @@ class Supervisor:
                 self.note_closes()
             else:
                 self.descriptors.settle()
-
-    async def _watch_signals(self) -> None:
-        while True:
-            if not self._parked:
-                self._parked_one = trio.Event()
-                await self._parked_one.wait()
-                continue  # it may be over by now
-            now_ns = self.loop.now_ns()
-            look_at_ns = min(run.look_at_ns for run in self._parked)
-            if look_at_ns > now_ns:
-                await trio.sleep((look_at_ns - now_ns) / 1e9)
-            now_ns = self.loop.catch_up()
-            for run in [run for run in self._parked if run.look_at_ns <= now_ns]:
-                self._look_for_signal(run, now_ns)
-            await trio.lowlevel.checkpoint()
 
     async def _handle_late(self) -> None:
         """Handle the calls that waited for a vCPU."""
@@ -334,7 +319,7 @@ class Supervisor:
             thread.process.thread = thread
             return thread.process, self.loop.timeline.now_ns
         # With nobody waiting there is nothing to catch up on.
-        waiting = request == KVM_RUN and (self._parked or self._limited)
+        waiting = request == KVM_RUN and (self.parked or self._limited)
         now_ns = self.loop.catch_up() if waiting else self.loop.now_ns()
         if now_ns - thread.checked_ns < FRESH_NS:
             thread.process.thread = thread
@@ -356,9 +341,7 @@ class Supervisor:
             self.listener.answer(number, 0, EINTR)
 
         def remap() -> Remap:
-            waiting = {run.thread.number for run in self._parked if run.thread is not None}
-            waiting |= {late[1] for run in self._parked for late in run.waiting}
-            waiting |= {late[1] for late in self._late}
+            waiting = self.parked.threads() | {late[1] for late in self._late}
             pid = thread.process.pid
             return Remap(
                 pid, tid, waiting - {tid}, lambda fd: self.listener.install(number, fd), again
@@ -375,7 +358,7 @@ class Supervisor:
     def interrupt_all(self) -> None:
         """Let every KVM_RUN that waits return EINTR, as a signal to its thread would."""
         now_ns = self.loop.catch_up()
-        for run in list(self._parked):
+        for run in self.parked:
             run.interrupt(now_ns)
 
     def still_waits(self) -> bool:
@@ -509,8 +492,7 @@ class Supervisor:
         if type(left) is InGuest:
             now_ns = self.loop.catch_up()  # the guest's time counts from the timeline's present
         run.wait(left, notification, thread, now_ns)
-        self._parked[run] = None
-        self._parked_one.set()
+        self.parked.add(run)
         return True
 
     def _enters_again(self, run: Run) -> bool:
@@ -559,32 +541,18 @@ class Supervisor:
 
     def _leave(self, run: Run) -> None:
         run.finish()
-        self._parked.pop(run, None)
+        self.parked.remove(run)
         if run.waiting:
             # Not handled here: the timeline may be in the middle of something.
             self._late += run.waiting
             run.waiting.clear()
             self._late_one.set()
 
-    def _look_for_signal(self, run: Run, now_ns: int) -> None:
-        assert run.notification is not None
-        assert run.thread is not None
-        if not self.listener.is_valid(run.notification[0]):
-            self._abandon(run, now_ns)
-            if run.release_due:
-                self._vcpu_released(run.vcpu)
-            return
-        try:
-            mask: int | None = getattr(run.vcpu, "signal_mask", None)
-            signalled = pending(run.thread.text("status"), mask)
-        except OSError:
-            signalled = False
-        if signalled:
-            run.interrupt(now_ns)
-            return
-        longest_ns = max(LAST_LOOK_NS, len(self._parked) * LOOKS_APART_NS)
-        run.look_after_ns = min(run.look_after_ns * 2, longest_ns)
-        run.look_at_ns = now_ns + run.look_after_ns
+    def _gone(self, run: Run, now_ns: int) -> None:
+        """The client that waited is gone, without a word."""
+        self._abandon(run, now_ns)
+        if run.release_due:
+            self._vcpu_released(run.vcpu)
 
 
 def errno_of(error: OSError) -> int:

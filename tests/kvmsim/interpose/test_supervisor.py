@@ -23,7 +23,7 @@ from kvmsim.engine.scripted import Scripted
 from kvmsim.host.accounting import CgroupAccounting
 from kvmsim.host.machine import Machine
 from kvmsim.host.presets import load
-from kvmsim.interpose import clients, supervisor
+from kvmsim.interpose import clients, parked
 from kvmsim.interpose.filter import NR_FSTATFS, NR_IOCTL
 from kvmsim.interpose.supervisor import Supervisor
 from kvmsim.kvm.system import System
@@ -110,7 +110,7 @@ async def serving(*stops, tap=None, times=1):
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(loop.run)
-            nursery.start_soon(supervisor._watch_signals)
+            nursery.start_soon(supervisor.parked.watch_signals)
             nursery.start_soon(supervisor._handle_late)
             yield client
             nursery.cancel_scope.cancel()
@@ -202,7 +202,7 @@ async def test_halted_guest_of_a_client_that_died_is_abandoned(autojump_clock):
 
 async def test_many_waiting_vcpus_are_looked_at_less_often(autojump_clock, monkeypatch):
     looks = []
-    monkeypatch.setattr(supervisor, "pending", lambda *_: looks.append(1))
+    monkeypatch.setattr(parked, "pending", lambda *_: looks.append(1))
     async with serving(Hlt()) as client:
         vm = client.call(client.kvm, KVM_CREATE_VM)
         assert client.call(vm, KVM_CREATE_IRQCHIP) == 0
