@@ -45,7 +45,10 @@ round:
 	xchgl	%eax, SPIN_LOCK
 	testl	%eax, %eax
 	jz	mine
+taken:	/* to look costs nothing: try again when it is free */
 	pause
+	cmpl	$0, SPIN_LOCK
+	jne	taken
 	jmp	round
 mine:
 	incl	TOTAL	/* no LOCK: it is the spin lock that makes this right */
@@ -64,9 +67,8 @@ wait:
 	call	print_number
 	say	counted
 	end_with 0x10
-idle:
-	cli
-	hlt
+idle:	/* no HLT: under a local APIC of its own, QEMU 7.2 lets nobody else run then */
+	pause
 	jmp	idle
 
 counted: .asciz " counted by two processors\n"
