@@ -38,13 +38,13 @@ WARN = SplitLockDetect(Mode.WARN)
         ("ratelimit:x5", WARN),
     ],
 )
-def test_option_on_a_capable_cpu(option, expected):
+def test_t_b_6_option_on_a_capable_cpu(option, expected):
     # T-B-6
     assert parse_split_lock_detect(option, capable=True) == expected
 
 
 @pytest.mark.parametrize("option", [None, "warn", "fatal", "ratelimit:5", "bogus"])
-def test_option_without_the_cpu_feature_is_off(option):
+def test_t_b_6_option_without_the_cpu_feature_is_off(option):
     assert parse_split_lock_detect(option, capable=False) == SplitLockDetect(Mode.OFF)
 
 
