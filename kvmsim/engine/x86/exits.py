@@ -115,7 +115,9 @@ def handle(vm: X86Vm, cpu: Cpu, why: Why) -> Stop | None:
         cpu.queue(Event(UD))
     elif why is Why.ACCESS:
         stop = mmio.stopped(vm, cpu)
-        if vm.watch.fell_short:
+        if vm.watch.fell_short and vm.policy.fault_like:
+            vm.watch.admitted(cpu)
+        elif vm.watch.fell_short:
             # Locked before it turned out that nothing answers: the lock rides on the exit.
             stop.bus_lock = True
             cpu.bus_locks += 1

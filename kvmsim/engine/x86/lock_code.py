@@ -3,8 +3,8 @@
 It computes the linear address of the operand, and returns where the operand stays within a cache
 line of a page known to be write-back memory, and no bus lock is expected to have been taken just
 before. Where it crosses a line between such pages, a bus lock is expected from then on, if somebody
-is there to look behind the instruction; or, fault-like, the emulator stops unless this lock is
-admitted. Everything else is for Python to look at.
+is there to look behind the instruction; but fault-like ones stop the emulator, unless admitted.
+Everything else is for Python to look at.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class LockCode:
         self._cells: dict[int, _Cells] = {}
 
     def behind(self, callback: int) -> int:
-        """A callback that stops the emulator where a bus lock may just have been taken."""
+        """A callback where a bus lock may just have been taken: it stops, or notes what it was."""
         return self._native.code.place(
             assemble(
                 self._load_expected(),
@@ -112,7 +112,13 @@ class LockCode:
                 Jump(_QUIET, EQUAL),
                 b"\x83\x79\x04\x00",  # cmp dword [rcx+4], 0
                 Jump(_PYTHON, EQUAL),
+                b"\x83\x79\x04" + bytes([FAULT_LIKE]),  # cmp dword [rcx+4], FAULT_LIKE
+                Jump(_ADMITTED, EQUAL),
                 b"\x48\xbf" + u64(self._native.handle) + _jump(self._native.emu_stop),  # mov rdi
+                Label(_ADMITTED),
+                b"\xc7\x01\x00\x00\x00\x00"  # mov dword [rcx], 0
+                b"\x48\xc7\x41\x20\xff\xff\xff\xff"  # mov qword [rcx+32], -1
+                b"\x48\xff\x41\x28\xc3",  # inc qword [rcx+40]; ret
                 Label(_PYTHON),
                 _jump(callback),
                 Label(_QUIET),
@@ -159,6 +165,7 @@ class LockCode:
         yield from _unless_calm(b"\x4c\x8d\x42" + bytes([site.size - 1]))  # lea r8, [rdx+size-1]
         yield b"\x83\x79\x04" + bytes([FAULT_LIKE])  # cmp dword [rcx+4], FAULT_LIKE
         yield Jump(_STOPS, EQUAL)
+        yield Label(_ADMITTED)
         yield b"\xc7\x01\x01\x00\x00\x00"  # mov dword [rcx], 1
         yield b"\x48\x8b\x90" + _offset(RIP) + b"\x48\x89\x51\x08"  # mov rdx, rip; mov [rcx+8]
         yield b"\xc3"
@@ -168,12 +175,9 @@ class LockCode:
         yield Jump(_ADMITTED, EQUAL)
         yield b"\x48\x89\x51\x30"  # mov [rcx+48], rdx
         yield b"\x48\xbf" + u64(self._native.handle) + _jump(self._native.emu_stop)  # mov rdi
-        yield Label(_ADMITTED)
-        yield b"\x48\xc7\x41\x20\xff\xff\xff\xff"  # mov qword [rcx+32], -1
-        yield b"\x48\xff\x41\x28\xc3"  # inc qword [rcx+40]; ret
 
     def arm(self, site: Site) -> None:
-        """Python has seen a site, and somebody looks behind it where that is needed."""
+        """Somebody looks behind a site: its locks may be expected without asking."""
         cells = self._cells.get(site.address)
         # Address 0 stands for none in what is stopped.
         if cells is not None and site.address and not site.ambiguous and site.size < _ALIGNED:

@@ -8,9 +8,10 @@ translated by one function, ``check_exit_request``, which the library calls thro
 what is put in the slot lets only the call pass that belongs to code callbacks. From then on another
 thread may ask for a stop at any time, and gets it at the start of a block.
 
-What remains is a request that comes while execution is about to begin and resets it. The flag of
-:meth:`Native.kick` stays set, and the emulator's question whether an exception stops it, which it
-asks behind all resets, is answered by a function that looks at the flag first.
+Such a request must not be ``uc_emu_stop``: callbacks are left out from the moment it sets its flag,
+a moment before execution ends. :meth:`Native.kick` sets a flag of its own and has the emulator
+leave translated code for its main loop. That asks behind all resets, at the beginning as well,
+whether an exception stops it, and is answered by a function that looks at the flag first.
 
 A store to where there is no memory relied on the look behind it; :meth:`Native.leaving` makes a
 callback that leaves the translated code itself.
@@ -81,6 +82,7 @@ class Process:
         self.loop_exit = library.symbol("cpu_loop_exit_x86_64")
         self.emu_start = library.symbol("uc_emu_start")
         self.emu_stop = library.symbol("uc_emu_stop")
+        self.cpu_exit = library.symbol("cpu_exit")
         self.reg_read = library.symbol("uc_reg_read")
         self._memory_map_io = library.symbol("memory_map_io_x86_64")
         libc = ctypes.CDLL(None)
@@ -217,8 +219,8 @@ class Process:
         return (
             _load("rcx", words)
             + b"\xc7\x01\x01\x00\x00\x00"  # mov dword [rcx], 1: KICKED
-            + b"\x48\x8b\x79\x10"  # mov rdi, [rcx+16]: HANDLE
-            + _jump(self.emu_stop)
+            + b"\x48\x8b\x79\x18"  # mov rdi, [rcx+24]: CPU
+            + _jump(self.cpu_exit)
         )
 
     def leave_stub(self, callback: int, words: int) -> bytes:

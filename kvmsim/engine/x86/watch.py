@@ -127,7 +127,7 @@ class Watch:
         steps = registers.q[EFLAGS // 8] & FLAG_TF
         dr6 = registers.debug(6) if steps else 0
         status = self._start(registers.q[RIP // 8])
-        if self._why is Why.NOTHING and self._expected.lock:
+        if self._why is Why.NOTHING and self._expected.lock and not self._vm.policy.fault_like:
             self._why = Why.LOCKED  # machine code stopped
         if self._opened == FAULT_LIKE:
             self._read_admissions(cpu)
@@ -153,7 +153,7 @@ class Watch:
         return self._why, status
 
     def take(self, cpu: Cpu) -> BusLock | None:
-        """A bus lock that was expected: taken, if RIP went on."""
+        """A bus lock that was expected: taken, if RIP went on. None for one that was admitted."""
         expected = self._expected
         self.fell_short = False
         if not expected.lock:
@@ -163,8 +163,16 @@ class Watch:
         if registers.rip == expected.rip:
             self.fell_short = True
             return None
+        if self._vm.policy.fault_like:
+            self.admitted(cpu)
+            return None
         cpu.bus_locks += 1
         return BusLock(cpl=registers.cpl)
+
+    def admitted(self, cpu: Cpu) -> None:
+        """A fault-like bus lock was admitted before, and is taken."""
+        cpu.admitted = self._expected.admitted = -1
+        cpu.bus_locks += 1
 
     def _open(self, cpu: Cpu) -> None:
         """Whether machine code may find bus locks by itself, this time."""
@@ -254,10 +262,19 @@ class Watch:
         """Execution gets to where a bus lock may just have been taken."""
         self._met()
         if self._expected.lock and not self.stepping:
+            if self._vm.policy.fault_like:
+                self._confirm()
+                return
             self._why = Why.LOCKED
             self._unicorn.stop()
         elif site.kind is not Kind.NEXT:
             self._look(site)
+
+    def _confirm(self) -> None:
+        """Execution got behind a bus lock that was admitted."""
+        assert self._cpu is not None
+        self._expected.lock = 0
+        self.admitted(self._cpu)
 
     def _at_breakpoint(self, address: int) -> None:
         self._met()
@@ -272,10 +289,13 @@ class Watch:
         if self.stepping or self._why is not Why.NOTHING:
             return
         if self._expected.lock:
-            if self._live.rip != self._expected.rip:
+            if self._live.rip == self._expected.rip:
+                self._expected.lock = 0
+            elif self._vm.policy.fault_like:
+                self._confirm()
+            else:
                 self._stop(Why.LOCKED)
                 return
-            self._expected.lock = 0
         if site.ambiguous:
             found = self._site_now(site.address)
             if found is None:
@@ -324,16 +344,10 @@ class Watch:
             self._stop(Why.SITE)
             return
         self.site = site
-        if not self._vm.policy.fault_like:
-            self._expect(site)
-            return
-        if self._lock_code is not None:
-            self._lock_code.arm(site)
-        if cpu.admitted != site.address:
+        if self._vm.policy.fault_like and cpu.admitted != site.address:
             self._stop(Why.LOCK)
             return
-        cpu.admitted = self._expected.admitted = -1
-        cpu.bus_locks += 1
+        self._expect(site)
 
     def _raises_ac(self, cpu: Cpu) -> bool:
         detects = cpu.detects_splits

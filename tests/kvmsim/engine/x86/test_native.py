@@ -117,3 +117,22 @@ def test_random_bytes_with_lock_prefixes_abort_nothing(make_guest):
         for number in range(16):
             guest.q[number] = DATA + stream.randrange(4096)
         guest.run()
+
+
+@pytest.mark.parametrize("fault_like", [False, True])
+def test_kicks_at_any_time_lose_and_repeat_no_bus_lock(make_guest, fault_like):
+    from kvmsim.engine.base import BusLock
+    from kvmsim.engine.x86.policy import PlainPolicy
+
+    guest = make_guest(PlainPolicy(fault_like=fault_like), inline_bytes=0, paced=False)
+    guest.long("f0 ff 07 ff c9 75 f9", HLT)  # l: lock inc dword [rdi]; dec ecx; jnz l
+    guest.q[r.RCX], guest.q[r.RDI] = 3000, DATA + 62
+    locks = 0
+    while not isinstance(stop := guest.run(), Hlt):
+        locks += isinstance(stop, BusLock)
+        if isinstance(stop, Executing):
+            thread = threading.Thread(target=stop.work)
+            thread.start()
+            stop.kick()
+            thread.join(10)
+    assert (locks, guest.word(DATA + 62), guest.cpu.bus_locks) == (3000, 3000, 3000)
