@@ -12,7 +12,7 @@ __all__ = ["fuse", "shell"]
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [page for page in sorted((DOCS / "howto").glob("*.md")) if BLOCK.search(page.read_text())]
-NEEDED = {"qemu.md": ["qemu-system-x86_64"]}
+NEEDED = {name: ["qemu-system-x86_64"] for name in ("qemu.md", "x86-guests.md")}
 # Between what one command printed and the next; no control file or program here prints it.
 MARK = "\036"
 
