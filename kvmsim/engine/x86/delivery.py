@@ -84,13 +84,15 @@ class Linear:
     Args:
         registers: whose address space.
         memory: the physical one.
+        delivers: for an event, which needs memory everywhere: KVM gives up where there is none.
     """
 
-    __slots__ = ("memory", "registers")
+    __slots__ = ("delivers", "memory", "registers")
 
-    def __init__(self, registers: Registers, memory: Memory) -> None:
+    def __init__(self, registers: Registers, memory: Memory, *, delivers: bool = False) -> None:
         self.registers = registers
         self.memory = memory
+        self.delivers = delivers
 
     def read(self, linear: int, size_bytes: int, *, user: bool = False) -> bytes:
         """Copy out; Fault #PF where not mapped. Holes read as ones."""
@@ -102,6 +104,7 @@ class Linear:
             try:
                 data += self.memory.read(gpa, size)
             except NoMemory:
+                self._miss(gpa)
                 data += b"\xff" * size
         return data
 
@@ -118,7 +121,12 @@ class Linear:
             try:
                 self.memory.write(gpa, piece)
             except NoMemory:
-                continue
+                self._miss(gpa)
+
+    def _miss(self, gpa: int) -> None:
+        if self.delivers:
+            msg = f"an event goes by way of {gpa:#x}, where there is no memory"
+            raise Unsupported(msg)
 
     def word(self, linear: int, size_bytes: int) -> int:
         """A little-endian number, read with the rights of the system."""
@@ -137,9 +145,9 @@ def inject(registers: Registers, memory: Memory, event: Event) -> None:
 
     Raises:
         TripleFault: a fault during #DF.
-        Unsupported: a task gate.
+        Unsupported: a task gate, or no memory where a table or the stack should be.
     """
-    linear = Linear(registers, memory)
+    linear = Linear(registers, memory, delivers=True)
     while True:
         try:
             _deliver(registers, linear, event)

@@ -30,6 +30,7 @@ _BOTH = frozenset(
         *(0x0FA4, 0x0FA5, 0x0FAC, 0x0FAD),
     )
 )
+ARPL = 0x63
 _BOTH_IN_GROUP = {
     **dict.fromkeys((0x80, 0x81, 0x82, 0x83), frozenset(range(7))),
     **dict.fromkeys((0xF6, 0xF7), frozenset({2, 3})),
@@ -50,7 +51,8 @@ def corrected(cpu: Cpu, vector: int, code: int, found: d.Instruction | None) -> 
     """
     if found is None:
         return vector, code
-    if vector == PF and not code & PF_WRITE and reads_and_writes(found):
+    arpl = found.opcode == ARPL and found.operand is not None and cpu.registers.mode != 64
+    if vector == PF and not code & PF_WRITE and (arpl or reads_and_writes(found)):
         return vector, code | PF_WRITE
     if vector == GP and not code and cpu.registers.mode == 64 and _lost_its_stack(cpu, found):
         return SS, 0

@@ -328,3 +328,16 @@ def test_sysenter_and_sysexit(guest):
     guest.q[r.RDX], guest.q[r.RCX] = CODE + 2, 0x5F00
     assert isinstance(guest.run(), Hlt)
     assert frame(guest, 4) == [CODE + 2, 0x2B, guest.word(guest.q[r.RSP] + 16, 8), 0x5F00]
+
+
+@pytest.mark.parametrize("where", ["stack", "table"])
+def test_an_event_that_goes_where_no_memory_is_is_an_internal_error(guest, where):
+    guest.long("0f 0b").gate(6, HANDLER)
+    guest.map_page(0x180000, 0xFED00000)
+    if where == "stack":
+        guest.q[r.RSP] = 0x180800
+    else:
+        guest.r.set_segment(r.IDTR, r.Segment(0, 0x180000, 0xFFF))
+    stop = guest.run()
+    assert isinstance(stop, InternalError)
+    assert (stop.suberror, guest.r.rip) == (3, CODE)
