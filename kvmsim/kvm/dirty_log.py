@@ -1,6 +1,7 @@
 """Which pages the guest wrote: KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG.
 
-Whoever executes the guest reports writes with ``memslots.of(vm).mark_dirty``.
+Whoever executes the guest reports writes with ``memslots.of(vm).mark_dirty``, or by
+``Slot.log_written``.
 """
 
 from __future__ import annotations
@@ -77,4 +78,5 @@ def _logged(vm: Vm, number: int) -> tuple[Slot, bytearray]:
     slot = memslots.of(vm).slots.get(number)
     if slot is None or slot.dirty is None:
         raise KvmError(ENOENT, f"slot {number} is not logged")
+    slot.note_written()
     return slot, slot.dirty

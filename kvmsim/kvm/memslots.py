@@ -59,6 +59,8 @@ class Slot:
         guest_memfd: what holds its private pages, None without.
         guest_memfd_offset: where in that.
         dirty: one bit per page written since the last look; None: not logged.
+        written: a byte per page, and one more, that becomes 1 when guest code writes there: not in
+            ``dirty`` yet. None: no code has executed since it is logged.
         pages: its pages where this process reaches them, as (offset, writable view), by offset and
             on page boundaries; what is between them is not there. None: nobody has looked for them.
     """
@@ -71,12 +73,32 @@ class Slot:
     guest_memfd: guest_memfd.GuestMemfd | None = None
     guest_memfd_offset: int = 0
     dirty: bytearray | None = None
+    written: bytearray | None = None
     pages: tuple[tuple[int, memoryview], ...] | None = None
 
     @property
     def nr_pages(self) -> int:
         """Its size in pages."""
         return self.size_bytes // PAGE_SIZE
+
+    def log_written(self) -> memoryview | None:
+        """Where guest code is to note the pages it writes; None: they are not logged."""
+        if self.dirty is None:
+            return None
+        if self.written is None:
+            self.written = bytearray(self.nr_pages + 1)
+        return memoryview(self.written)
+
+    def note_written(self) -> None:
+        """Enter what guest code has written in the log. Not while it executes."""
+        written, dirty = self.written, self.dirty
+        if written is None or dirty is None:
+            return
+        page = written.find(1)
+        while 0 <= page < self.nr_pages:
+            dirty[page // 8] |= 1 << page % 8
+            page = written.find(1, page + 1)
+        written[:] = bytes(len(written))
 
     def overlaps(self, other: Slot) -> bool:
         """Whether two slots claim one address."""
@@ -230,7 +252,7 @@ def _set(vm: Vm, call: Call, data: bytes) -> None:
     if flags & KVM_MEM_GUEST_MEMFD:
         slot.guest_memfd = guest_memfd.bind(vm, call.client, slot, _get(data, "guest_memfd"))
     elif old is not None and flags & old.flags & KVM_MEM_LOG_DIRTY_PAGES:
-        slot.dirty = old.dirty
+        slot.dirty, slot.written = old.dirty, old.written
     _install(memslots, slot)
 
 

@@ -30,7 +30,9 @@ def memory(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("case", ["basics", "seen", "spinlock", "pingpong", "changed", "kinds"])
+@pytest.mark.parametrize(
+    "case", ["basics", "seen", "spinlock", "pingpong", "changed", "kinds", "logged"]
+)
 def test_guest_code_does_what_its_client_expects(host, compiled, capfd, memory, case):
     status = host.run(compiled("code"), case)
     assert (*capfd.readouterr(), status) == ("", "", 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsim.abi.memory import KVM_MEM_READONLY
+from kvmsim.abi.memory import KVM_MEM_READONLY, PAGE_SIZE
 from kvmsim.engine.x86.memory import Slot
 from kvmsim.kvm import memslots, sev_private
 
@@ -18,13 +18,20 @@ def engine_slots(vm: Vm) -> list[Slot]:
     What is behind a slot but not reached is a hole to the engine: an access leaves the guest.
     """
     found: list[Slot] = []
-    for slot in memslots.of(vm).slots.values():
+
+    def add(slot: memslots.Slot, offset: int, view: memoryview) -> None:
+        written = slot.log_written()
+        if written is not None:
+            first = offset // PAGE_SIZE
+            written = written[first : first + len(view) // PAGE_SIZE + 1]
         read_only = bool(slot.flags & KVM_MEM_READONLY)
+        found.append(Slot(slot.gpa + offset, view, read_only=read_only, written=written))
+
+    for slot in memslots.of(vm).slots.values():
         for offset, view in slot.pages or ():
-            gpa = slot.gpa + offset
             if not vm.sev_active:
-                found.append(Slot(gpa, view, read_only=read_only))
+                add(slot, offset, view)
                 continue
             for at, side in sev_private.sides(vm, slot.hva + offset, view):
-                found.append(Slot(gpa + at, side, read_only=read_only))
+                add(slot, offset + at, side)
     return found

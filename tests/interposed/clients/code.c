@@ -352,6 +352,36 @@ static void kinds(void)
 	CHECK(run(&vm, 0) == KVM_EXIT_HLT);
 }
 
+/* Pages the guest writes are in the log, once, also while it spins. */
+static void logged(void)
+{
+	static const char code[] = "\xc6\x06\x00\x50\x01"	  /* mov byte [0x5000],1 */
+				   "\xe6\x10"			  /* out 0x10,al */
+				   "\xff\x06\x00\x70\xeb\xfa"; /* spin: inc word [0x7000]; jmp */
+	struct vm vm = MAKE(code);
+	uint64_t bits[4] = {0};
+	struct kvm_dirty_log log = {.slot = 0, .dirty_bitmap = bits};
+	pthread_t thread;
+
+	slot(&vm, 0, 0, RAM, vm.ram, KVM_MEM_LOG_DIRTY_PAGES);
+	CHECK(run(&vm, 0) == KVM_EXIT_IO);
+	CHECK(ioctl(vm.vm, KVM_GET_DIRTY_LOG, &log) == 0);
+	CHECK(bits[0] == 1 << 5 && !bits[1] && !bits[2] && !bits[3]);
+	CHECK(ioctl(vm.vm, KVM_GET_DIRTY_LOG, &log) == 0);
+	CHECK(!bits[0]);
+	CHECK(pthread_create(&thread, NULL, spin, &vm) == 0);
+	for (int turn = 0; turn < 20; turn++) {
+		do {
+			usleep(1000);
+			CHECK(ioctl(vm.vm, KVM_GET_DIRTY_LOG, &log) == 0);
+		} while (!bits[0]);
+		CHECK(bits[0] == 1 << 7);
+	}
+	pthread_kill(thread, SIGALRM);
+	CHECK(pthread_join(thread, NULL) == 0);
+	CHECK(vm.ram[0x5000] == 1);
+}
+
 /* The guest spins until the client is ended from outside, or ends with it. */
 static void forever(const char *how)
 {
@@ -407,6 +437,8 @@ int main(int argc, char **argv)
 		changed();
 	else if (strcmp(argv[1], "kinds") == 0)
 		kinds();
+	else if (strcmp(argv[1], "logged") == 0)
+		logged();
 	else if (strcmp(argv[1], "forever") == 0)
 		forever(argv[2]);
 	else
