@@ -79,6 +79,14 @@ class Thread:
             return _text(f"/proc/{self.number}/{name}", None)
         return _text(name, self.directory)
 
+    def waited_ns(self) -> int:
+        """How long it has been ready to run and did not, since it began; 0 once it has ended."""
+        try:
+            # Its own time on the CPU, then the time it waited for one.
+            return int(self.text("schedstat").split()[1])
+        except OSError:
+            return 0
+
 
 class Process:
     """A process while it executes one program: the caller of KVM's calls.

@@ -7,7 +7,6 @@ calls are answered before anything else happens. Only KVM_RUN may be kept waitin
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from contextlib import suppress
@@ -469,9 +468,7 @@ class Supervisor:
             return True
         run = self._runs[vcpu]
         if steal_time.is_wanted(vcpu):
-            # Its own time on the CPU, then the time it waited for one.
-            with contextlib.suppress(OSError):  # it has ended
-                steal_time.waited(vcpu, int(thread.text("schedstat").split()[1]))
+            steal_time.waited(vcpu, thread.waited_ns())
         try:
             run.begin()
             left = vcpu.kvm_run(now_ns)

@@ -10,6 +10,7 @@ from kvmsim.abi.memory import KVM_USERSPACE_MEMORY_REGION
 from kvmsim.abi.regs import KVM_SREGS
 from kvmsim.abi.structs import KVM_REGS
 from kvmsim.errors import KvmError
+from kvmsim.kvm import memslots
 
 #: Where things are in a guest's memory; whatever lies behind RAM and below 2 MiB is a hole.
 CODE, HANDLER, GDT, IDT, TSS, STACK = 0x1000, 0x2000, 0x3000, 0x4000, 0x5000, 0x6000
@@ -48,7 +49,7 @@ class Guest:
             userspace_addr=address,
         )
         assert self.world.ioctl(self.vm, ioctls.KVM_SET_USER_MEMORY_REGION, region) == (0, 0)
-        self.world.remember(self, gpa, memory, flags)
+        self.world.remember(self, number, memory)
         return memory
 
     # -- memory --
@@ -216,7 +217,7 @@ class RealWorld:
     def __getattr__(self, name):
         return getattr(self._world, name)
 
-    def remember(self, guest, gpa, memory, flags):
+    def remember(self, guest, number, memory):
         pass
 
     def close(self):
@@ -231,7 +232,6 @@ class OurWorld:
 
     def __init__(self, world):
         self._world = world
-        self._slots = {}
         self._guests = []
 
     def __getattr__(self, name):
@@ -241,17 +241,16 @@ class OurWorld:
         memory = mmap.mmap(-1, count * 4096)
         return self._world.system.creator.map(memoryview(memory)), memory
 
-    def remember(self, guest, gpa, memory, flags):
-        from kvmsim.engine.x86.memory import Slot
-
-        slot = Slot(gpa, memoryview(memory), read_only=bool(flags & 2))
-        self._slots.setdefault(guest, []).append(slot)
+    def remember(self, guest, number, memory):
+        slot = memslots.of(guest.vm).slots[number]
+        slot.pages = ((0, memoryview(memory)),)
 
     def kvm_run(self, guest):
         from kvmsim.kvm.x86.guest import attach
+        from kvmsim.kvm.x86.slots import engine_slots
 
         if guest.engine is None:
-            guest.engine = attach(guest.vm, [guest.vcpu], self._slots[guest])
+            guest.engine = attach(guest.vm, [guest.vcpu], engine_slots(guest.vm))
             self._guests.append(guest)
         try:
             blocked = guest.vcpu.kvm_run(0)
@@ -302,7 +301,6 @@ def on_hardware(world):
 
 #: Tests that ours does not pass.
 WANTING = (
-    "test_exceptions.py::test_an_exception_goes_through_the_guests_table[kvmsim-0f 22 e0",
     "test_interrupts.py::test_a_second_interrupt_while",
     "test_interrupts.py::test_a_priority_the_guest_lowers",
     "test_mmio.py::test_a_read_across",
