@@ -25,7 +25,7 @@ class Mirror(Protocol):
     events_ahead: bool
 
     def reset(self) -> None:
-        """KVM's registers are the ones that count."""
+        """KVM's registers are the ones that count, except those that INIT keeps."""
 
     def fetch_regs(self) -> bytes:
         """The bytes of ``kvm_regs``, as KVM has them from here on."""

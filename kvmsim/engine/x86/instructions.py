@@ -29,7 +29,6 @@ SYSRET_FLAGS = 0x3C_7FD7
 #: "Auth", the beginning of AMD's name in leaf 0.
 AMD_EBX = 0x6874_7541
 IA32_MISC_FEATURES_ENABLES = 0x140
-XCR0_KNOWN = 0x7
 #: IA32_APIC_BASE, IA32_TSC_DEADLINE and the x2APIC's registers.
 _LOCAL_APIC = frozenset({0x1B, 0x6E0, *range(0x800, 0x900)})
 _FLAT_CODE = r.RIGHTS_G | r.RIGHTS_P | r.RIGHTS_S | 0xB << 8
@@ -303,7 +302,7 @@ def _xsetbv(cpu: Cpu, found: Instruction) -> None:
         raise Fault(UD)
     _require_ring_0(cpu)
     value = _edx_eax(cpu)
-    bad = value & ~XCR0_KNOWN or not value & 1 or value & 6 == 4
+    bad = value & ~cpu.policy.xcr0(cpu) or not value & 1 or value & 6 == 4
     if cpu.registers.q[r.RCX] & r.U32 or bad:
         raise Fault(GP)
     cpu.xcr0 = value

@@ -15,6 +15,7 @@ DR6_FIXED = 0xFFFF_0FF0
 DR6_WRITABLE = 0xE00F
 KVM_ENOSYS = -1000
 KVM_EPERM = -1
+XCR0_KNOWN = 0x7
 
 
 class Policy(Protocol):
@@ -45,6 +46,9 @@ class Policy(Protocol):
 
     def rdpmc(self, cpu: Cpu, index: int) -> int | None:
         """A performance counter, as RDPMC counts them; None: #GP."""
+
+    def xcr0(self, cpu: Cpu) -> int:
+        """State components the guest may enable, of x87, SSE and AVX."""
 
     def tsc(self, cpu: Cpu) -> int:
         """The time stamp counter."""
@@ -98,6 +102,11 @@ class PlainPolicy:
         """See :meth:`Policy.rdpmc`."""
         del cpu, index
         return None
+
+    def xcr0(self, cpu: Cpu) -> int:
+        """See :meth:`Policy.xcr0`."""
+        del cpu
+        return XCR0_KNOWN
 
     def tsc(self, cpu: Cpu) -> int:
         """See :meth:`Policy.tsc`."""

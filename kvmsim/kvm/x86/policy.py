@@ -13,8 +13,10 @@ from kvmsim.engine.x86.vm import BYTES_PER_NS
 from kvmsim.kvm import (
     capabilities,
     clock,
+    cpuid,
     cpuid_guest,
     debug,
+    fpu,
     lbr,
     msr_filter,
     msr_rules,
@@ -88,6 +90,10 @@ class VcpuPolicy:
     def rdpmc(self, cpu: Cpu, index: int) -> int | None:
         """See ``Policy``."""
         return pmu.rdpmc(self.vcpus[cpu], index)
+
+    def xcr0(self, cpu: Cpu) -> int:
+        """What the guest's CPUID shows."""
+        return cpuid.guest_xcr0(self.vcpus[cpu]) | fpu.XCR0_X87
 
     def tsc(self, cpu: Cpu) -> int:
         """See ``Policy``."""

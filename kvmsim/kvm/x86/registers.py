@@ -90,11 +90,11 @@ class VcpuRegisters:
         self._pvclock, self._clock = pvclock.of(vcpu), clock.of(vcpu.vm)
         self._stolen = steal_time.of(vcpu)
         self._msrs.changed |= self._msrs.values.keys()
-        self.reset()
+        self.regs_ahead = self.sregs_ahead = self.fpu_ahead = self.events_ahead = False
 
     def reset(self) -> None:
-        """KVM's registers are the ones that count: after power-on or INIT."""
-        self.regs_ahead = self.sregs_ahead = self.fpu_ahead = self.events_ahead = False
+        """KVM's registers are the ones that count: after INIT, which keeps x87 and SSE."""
+        self.regs_ahead = self.sregs_ahead = self.events_ahead = False
 
     # -- into the engine ---------------------------------------------------------------------------
 
