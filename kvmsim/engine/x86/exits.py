@@ -38,6 +38,10 @@ PAGE = 4096
 #: ``kvm_run.emulation_failure``: suberror and flag (kvm.h).
 EMULATION_FAILED, HAS_INSTRUCTION_BYTES = 1, 1
 
+#: RDTSC (of what KVM has it only reads), INVD, WBINVD; XGETBV and RDTSCP.
+_ALONE = frozenset({0x0F31, 0x0F08, 0x0F09})
+EXTENDED, _ALONE_EXTENDED = 0x0F01, frozenset({0xD0, 0xF9})
+
 
 def ended(vm: X86Vm, cpu: Cpu, why: Why, status: int) -> Stop | None:
     """What the end of an execution means, bus lock taken or not; None: the guest goes on."""
@@ -54,6 +58,18 @@ def ended(vm: X86Vm, cpu: Cpu, why: Why, status: int) -> Stop | None:
         # HLT is a site and never gets here.
         return InternalError(suberror=1, data=(0, status, cpu.registers.linear_rip))
     return handle(vm, cpu, why)
+
+
+def needs_nobody(site: Site | None) -> bool:
+    """Whether a site is executed without KVM, so that any thread may."""
+    if site is None or site.found is None:
+        return False
+    if site.kind in {Kind.WINDOW, Kind.UNDEFINED}:
+        return True
+    found = site.found
+    if found.opcode == EXTENDED:
+        return found.modrm in _ALONE_EXTENDED
+    return site.kind is Kind.SENSITIVE and found.opcode in _ALONE
 
 
 def gave_up(vm: X86Vm, cpu: Cpu) -> Stop | None:

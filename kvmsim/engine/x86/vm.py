@@ -418,7 +418,8 @@ class X86Vm:
         self.watch.arm(cpu)
         why, status = self.watch.execute(cpu)
         exception = why is Why.INTERRUPT and self.watch.vector not in _KVMS_EXCEPTIONS
-        if exception or why in _OWN_BUSINESS:
+        alone = why is Why.SITE and exits.needs_nobody(self.watch.site)
+        if exception or alone or why in _OWN_BUSINESS:
             stop = exits.ended(self, cpu, why, status)
             if stop is not None:
                 cpu.stops.append(stop)
