@@ -98,6 +98,12 @@ def _entered() -> int | None:
 _CODE: list[machine_code.Code] = []
 
 
+@cache
+def _function(address: int) -> Any:  # noqa: ANN401 - a function of ctypes
+    """A function of machine code, for Python to call."""
+    return CODE_CALLBACK(address)
+
+
 class _End(NamedTuple):
     """How a block ends.
 
@@ -136,7 +142,6 @@ class BranchFeed:
         self._native = native is not False
         self._table: Any = None
         self._callbacks: list[object] = []
-        self._next: Any = None
 
     @property
     def active(self) -> bool:
@@ -181,10 +186,8 @@ class BranchFeed:
         control[HFLAGS_AT] = ctypes.addressof(ctypes.c_char.from_buffer(unicorn.env)) + HFLAGS
         entered = (_entered() if self._native else None) or control[PYTHON]
         self._hook = unicorn.hook_block(ctypes.c_void_p(entered), ctypes.addressof(control))
-        meter = self._vm.meter
-        if meter.counts:
-            control[NEXT], control[NEXT_DATA] = meter.give_way()
-            self._next = CODE_CALLBACK(control[NEXT])
+        words = (ctypes.c_uint64.from_buffer(control, 8 * word) for word in (NEXT, NEXT_DATA))
+        self._vm.meter.give_way(*words)
         # Every block is translated again, and its end noted then.
         self._ends.clear()
         self._ambiguous.clear()
@@ -192,29 +195,24 @@ class BranchFeed:
 
     def _remove(self, hook: int) -> None:
         self._vm.unicorn.unhook(hook)
-        self._hook = self._next = None
-        self._control[NEXT] = 0
-        if self._vm.meter.counts:
-            self._vm.meter.take_back()
+        self._hook = None
+        self._vm.meter.take_back()
         self._vm.unicorn.flush_code()
 
     # -- what happens ----------------------------------------------------------------------------
 
-    def stopped(self, *, trapped: bool = False, kicked: bool = False) -> None:
+    def stopped(self, *, trapped: bool = False) -> None:
         """Execution stopped; a branch out of the last block may just have been taken.
 
         Args:
             trapped: by the #DB behind a single step: the block was executed to its end.
-            kicked: at the start of a block. Where that is not a callback's doing, the stop is in
-                front of all callbacks: the block entered last was executed to its end.
         """
         block = self._leave()
         if block is None:
             return
         address, size = block
         rip = self._vm.linear_rip
-        ended = trapped or (kicked and not self._vm.meter.counts)
-        if ended or not address <= rip <= address + size:
+        if trapped or not address <= rip <= address + size:
             self._left(block, rip)
 
     def made(self, address: int, code: bytes) -> None:
@@ -248,8 +246,8 @@ class BranchFeed:
         control = self._control
         control[LAST] = control[TABLE] + 8 * SLOT_WORDS * slot
         control[BYTES] += size
-        if self._next is not None:
-            self._next(uc, address, size, control[NEXT_DATA])
+        if control[NEXT]:
+            _function(control[NEXT])(uc, address, size, control[NEXT_DATA])
 
     def _leave(self) -> tuple[int, int] | None:
         """The last block entered, which is none from here on."""

@@ -46,6 +46,8 @@ class Meter:
         self._given = self._charged = 0
         machine = None if native is False else unicorn.native
         self._kicks = None if counts else machine
+        #: Where somebody called at the start of every block looks whom to call next.
+        self._next: ctypes.c_uint64 | None = None
         if self._kicks is None:
             callback: Callback = CODE_CALLBACK(self._on_block)
             if machine is not None:
@@ -58,21 +60,29 @@ class Meter:
         """Whether it is called at the start of every block."""
         return self._kicks is None
 
-    def give_way(self) -> tuple[int, int]:
-        """Somebody else is called at the start of every block, and calls this one last.
+    def give_way(self, function: ctypes.c_uint64, data: ctypes.c_uint64) -> None:
+        """Somebody else is called at the start of every block, and calls another function last.
 
-        Two callbacks take several times as long as one that calls another.
+        Two callbacks take several times as long as one that calls another. Where this one does not
+        count, a kick makes the other's function the one that stops: from outside it would come in
+        front of the callback or behind those of instructions, and nobody could tell which.
 
-        Returns:
-            Address of the function to be called, and its last argument.
+        Args:
+            function: where the other takes the address of that function from, 0 for none.
+            data: its last argument.
         """
-        self._unicorn.unhook(self._hook)
-        function = ctypes.cast(self._callback, ctypes.c_void_p).value or 0
-        return function, ctypes.addressof(self._words)
+        self._next = function
+        function.value = 0
+        if self._kicks is None:
+            self._unicorn.unhook(self._hook)
+            function.value = ctypes.cast(self._callback, ctypes.c_void_p).value or 0
+            data.value = ctypes.addressof(self._words)
 
     def take_back(self) -> None:
         """Be called directly again."""
-        self._hook = self._unicorn.hook_block(self._callback, ctypes.addressof(self._words))
+        self._next = None
+        if self._kicks is None:
+            self._hook = self._unicorn.hook_block(self._callback, ctypes.addressof(self._words))
 
     def _on_block(self, _uc: int, _address: int, size: int, _data: int) -> None:
         self._words[0] -= size
@@ -84,6 +94,8 @@ class Meter:
         if self._kicks is not None:
             self._charged = 0
             self._kicks.rearm()
+            if self._next is not None:
+                self._next.value = 0
             return
         self._given = self._words[0] = size_bytes
         self._words[1] = 0
@@ -97,7 +109,9 @@ class Meter:
 
     def kick(self) -> None:
         """Stop at the start of the next block; from any thread."""
-        if self._kicks is not None:
+        if self._kicks is not None and self._next is not None:
+            self._next.value = self._unicorn.stop_address
+        elif self._kicks is not None:
             self._kicks.kick()
         else:
             self._words[1] = 1
@@ -111,5 +125,5 @@ class Meter:
     def expired(self) -> bool:
         """Whether the allowance is used up, or somebody kicked."""
         if self._kicks is not None:
-            return self._kicks.kicked
+            return self._kicks.kicked or (self._next is not None and bool(self._next.value))
         return self._words[0] < 0 or bool(self._words[1])

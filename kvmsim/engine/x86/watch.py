@@ -146,10 +146,8 @@ class Watch:
                 self._unicorn.drop_code(begin, end)
             self._new_code.clear()
         if self._vm.branches.active:
-            self._vm.branches.stopped(
-                trapped=self._why is Why.INTERRUPT and self.vector == DB,
-                kicked=self._why is Why.NOTHING,
-            )
+            trapped = self._why is Why.INTERRUPT and self.vector == DB
+            self._vm.branches.stopped(trapped=trapped)
         return self._why, status
 
     def take(self, cpu: Cpu) -> BusLock | None:

@@ -1,10 +1,11 @@
 """Last-branch records of branches that are really executed."""
 
 import random
+import threading
 
 import pytest
 
-from kvmsim.engine.base import BusLock, Hlt
+from kvmsim.engine.base import BusLock, Executing, Hlt
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86 import stepping
 from kvmsim.engine.x86.branches import BranchFeed
@@ -230,6 +231,33 @@ def test_a_processor_without_records_leaves_the_others_alone(guest):
         others.append(guest.vm.run(other))
     assert others
     assert guest.cpu.lbr.tos == 39 % 32
+
+
+def test_kicks_by_another_thread_neither_add_nor_lose_a_branch(make_guest):
+    guest = make_guest(paced=False, inline_bytes=0)
+    guest.long("f0 ff 07", "ff c9", "75 f9", HLT)  # lock inc [rdi]; dec; jnz
+    count = 300_000
+    guest.q[r.RCX], guest.q[r.RDI] = count, DATA
+    guest.cpu.lbr = LastBranches(32)
+    guest.cpu.lbr.enabled = True
+    over = threading.Event()
+
+    def kick():
+        while not over.wait(0.00005):
+            guest.vm.kick(guest.cpu)
+
+    kicker = threading.Thread(target=kick)
+    kicker.start()
+    turns = 0
+    while isinstance(stop := guest.run(), Executing):
+        stop.work()
+        turns += 1
+    over.set()
+    kicker.join()
+    assert isinstance(stop, Hlt)
+    assert turns > 3
+    assert set(taken(guest)) == {(CODE + 5, CODE)}
+    assert guest.cpu.lbr.tos == (count - 1) % 32
 
 
 # -- random code, against the same code executed step by step ------------------------------------
