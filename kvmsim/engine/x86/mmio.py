@@ -11,8 +11,8 @@ from __future__ import annotations
 import mmap
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.base import InternalError, Mmio
-from kvmsim.engine.x86 import decode, exits, stepping
+from kvmsim.engine.base import InKernel, InternalError, Mmio
+from kvmsim.engine.x86 import decode, exits, sites, stepping
 from kvmsim.engine.x86.backend import ACCESS_FETCHES, ACCESS_READ, ACCESS_WRITES
 from kvmsim.engine.x86.memory import Slot
 from kvmsim.engine.x86.watch import Why
@@ -57,6 +57,13 @@ def stopped(vm: X86Vm, cpu: Cpu, answers: Answers | None = None) -> Stop:
     size = min(size, _MAX_BYTES)
     answers = answers or Answers()
     write = kind in ACCESS_WRITES
+    begins = _crossing(vm, cpu, size)
+    if begins and write and gpa & -PAGE not in answers.pages:
+        return _write_both(vm, cpu, gpa, answers)
+    if begins and not write:
+        # The rest of the words the emulator reads is never looked at.
+        answers.read.update(dict.fromkeys(range(gpa, gpa + size), 0))
+        gpa, size = _own_part(begins, gpa, size)
     data = (value & (1 << 8 * size) - 1).to_bytes(size, "little") if write else b""
 
     def took(answer: bytes) -> None:
@@ -70,6 +77,39 @@ def stopped(vm: X86Vm, cpu: Cpu, answers: Answers | None = None) -> Stop:
 
     cpu.on_completion(took, executes=True)
     return Mmio(gpa=gpa, size=size, data=data)
+
+
+def _crossing(vm: X86Vm, cpu: Cpu, size: int) -> int:
+    """Where in its page an operand begins that goes on in the next page; 0 for others.
+
+    The emulator reads aligned words on both sides of the boundary, and stores byte by byte.
+    """
+    registers = cpu.registers
+    at = registers.linear_rip
+    found = decode.decode(vm.watch.read_code(at, decode.MAX_LENGTH), 0, registers.mode)
+    if found is None:
+        return 0
+    place = sites.operand_address(at, found, registers.mode, registers.q)
+    width = max(size, found.bits // 8) if size == 1 else size
+    begins = 0 if place is None else place % PAGE
+    return begins if begins + width > PAGE else 0
+
+
+def _own_part(begins: int, gpa: int, size: int) -> tuple[int, int]:
+    """The part of an aligned word that belongs to an operand across a boundary."""
+    before = PAGE - begins
+    if gpa % PAGE == 0 and size > before:
+        return gpa, size - before
+    if (gpa + size) % PAGE == 0 and size > before:
+        return gpa + size - before, before
+    return gpa, size
+
+
+def _write_both(vm: X86Vm, cpu: Cpu, gpa: int, answers: Answers) -> Stop:
+    """A store across a boundary: memory gets its part now, and user space hears of the other."""
+    answers.pages.add(gpa & -PAGE)
+    _finish(vm, cpu, answers)
+    return cpu.stops.pop(0) if cpu.stops else InKernel()
 
 
 def _is_beyond_kvm(vm: X86Vm, cpu: Cpu) -> bool:

@@ -134,6 +134,15 @@ def make(address: int, kind: Kind, found: d.Instruction, mode: int) -> Site:
     return site
 
 
+def operand_address(address: int, found: d.Instruction, mode: int, q: memoryview) -> int | None:
+    """Linear address of the operand of any instruction, from the registers; None without one."""
+    if found.operand is None:
+        return None
+    text = _location(address + len(found.code), found, mode)
+    place: int = _compiled(f"lambda q:{text}")(q)
+    return place
+
+
 def _compiled(text: str) -> Any:  # noqa: ANN401 - two kinds of functions
     """A function called at every execution of an instruction; its text is made of numbers."""
     return eval(text, {"__builtins__": {}})  # noqa: S307, RUF100

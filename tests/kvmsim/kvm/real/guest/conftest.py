@@ -303,8 +303,6 @@ def on_hardware(world):
 WANTING = (
     "test_interrupts.py::test_a_second_interrupt_while",
     "test_interrupts.py::test_a_priority_the_guest_lowers",
-    "test_mmio.py::test_a_read_across",
-    "test_mmio.py::test_a_write_across",
 )
 
 
