@@ -29,6 +29,7 @@ _RIP, _EFLAGS, _CC_SRC, _CC_OP, _DF, _HFLAGS = 128, 136, 152, 168, 172, 176
 #: Where the privilege level is, in the lowest two bits.
 HFLAGS = _HFLAGS
 #: Where RIP is, and RFLAGS but for the status flags.
+DR7, DR7_ENABLED = 5456, 0xFF
 RIP, EFLAGS, CC_SRC = _RIP, _EFLAGS, _CC_SRC
 SEGMENTS = 184
 _SEGMENT_BYTES = 24
@@ -199,6 +200,11 @@ class Registers:
         at = SEGMENTS + _SEGMENT_BYTES * number
         selector, limit, rights = (self.d[(at + skip) // 4] for skip in (0, 16, 20))
         return Segment(selector & 0xFFFF, self.q[(at + 8) // 8], limit, rights & _RIGHTS)
+
+    def descriptor(self, number: int) -> tuple[int, int, int, int]:
+        """The same as plain numbers: selector, base, limit, access rights."""
+        d, at = self.d, (SEGMENTS + _SEGMENT_BYTES * number) // 4
+        return d[at] & 0xFFFF, self.q[at // 2 + 1], d[at + 4], d[at + 5] & _RIGHTS
 
     def set_segment(self, number: int, value: Segment) -> None:
         """Set a segment or table register, hidden part and all."""

@@ -16,34 +16,17 @@ from kvmsim.engine.x86.delivery import BP, DB, NMI, OF, Event
 from kvmsim.kvm import clock, debug, events, fpu, lbr, msr_rules, pvclock, sregs, steal_time
 from kvmsim.kvm.dispatch import state_of
 from kvmsim.kvm.page import U8_REQUEST_INTERRUPT_WINDOW
-from kvmsim.kvm.x86 import policy
+from kvmsim.kvm.x86 import policy, special
 
 if TYPE_CHECKING:
     from kvmsim.engine.x86.cpu import Cpu
     from kvmsim.kvm.debug import GuestDebug
-    from kvmsim.kvm.sregs import Sregs
     from kvmsim.kvm.vcpu import Vcpu
     from kvmsim.kvm.x86.policy import VcpuPolicy
 
 #: Numbers of the general registers in the order of ``kvm_regs``; RIP and RFLAGS follow.
 _ORDER = (r.RAX, r.RBX, r.RCX, r.RDX, r.RSI, r.RDI, r.RSP, r.RBP, *range(8, 16))
 _REGS = struct.Struct("<18Q")
-_SEGMENTS = {
-    "es": r.ES,
-    "cs": r.CS,
-    "ss": r.SS,
-    "ds": r.DS,
-    "fs": r.FS,
-    "gs": r.GS,
-    "tr": r.TR,
-    "ldt": r.LDTR,
-}
-_TABLES = {"gdt": r.GDTR, "idt": r.IDTR}
-#: Where the parts of ``kvm_segment`` are in the access rights: name, shift, bits.
-_RIGHTS = (
-    *(("type", 8, 4), ("s", 12, 1), ("dpl", 13, 2), ("present", 15, 1)),
-    *(("avl", 20, 1), ("l", 21, 1), ("db", 22, 1), ("g", 23, 1)),
-)
 _RIP, _EFLAGS = r.RIP // 8, r.EFLAGS // 8
 SHADOW_MOV_SS, SHADOW_STI = 1, 2
 
@@ -158,10 +141,10 @@ class VcpuRegisters:
         registers.rip, registers.flags = rip, flags
 
     def _load_special(self) -> None:
-        special = state_of(self._vcpu, sregs.Sregs)
-        if special.data != self._sregs:
-            load_special(special, self._cpu)
-            self._sregs = bytes(special.data)
+        state = state_of(self._vcpu, sregs.Sregs)
+        if state.data != self._sregs:
+            special.load(state, self._cpu)
+            self._sregs = bytes(state.data)
 
     def _load_fpu(self) -> None:
         state = state_of(self._vcpu, fpu.Fpu)
@@ -231,10 +214,10 @@ class VcpuRegisters:
 
     def fetch_sregs(self) -> None:
         """Segments and control registers."""
-        special = state_of(self._vcpu, sregs.Sregs)
-        store_special(special, self._cpu)
+        state = state_of(self._vcpu, sregs.Sregs)
+        special.store(state, self._cpu)
         self.sregs_ahead = self._running
-        self._sregs = bytes(special.data)
+        self._sregs = bytes(state.data)
 
     def fetch_fpu(self) -> None:
         """x87 and SSE registers, and XCR0."""
@@ -285,37 +268,3 @@ class VcpuRegisters:
             return SHADOW_STI | SHADOW_MOV_SS
         before = self._cpu.vm.watch.read_code(self._cpu.registers.linear_rip - 1, 1)
         return SHADOW_STI if before == b"\xfb" else SHADOW_MOV_SS
-
-
-def load_special(special: Sregs, cpu: Cpu) -> None:
-    """Segments and control registers, into the engine."""
-    registers, get = cpu.registers, special.get
-    for name, number in _SEGMENTS.items():
-        rights = sum(get(f"{name}.{part}") << shift for part, shift, _ in _RIGHTS)
-        rights = 0 if get(f"{name}.unusable") else rights
-        selector, base, limit = (get(f"{name}.{part}") for part in ("selector", "base", "limit"))
-        registers.set_segment(number, r.Segment(selector, base, limit, rights))
-    for name, number in _TABLES.items():
-        registers.set_segment(number, r.Segment(0, get(f"{name}.base"), get(f"{name}.limit")))
-    registers.cr2, registers.cr3 = get("cr2"), get("cr3")
-    registers.cr4, registers.efer, registers.cr0 = get("cr4"), get("efer"), get("cr0")
-    cpu.changed()
-
-
-def store_special(special: Sregs, cpu: Cpu) -> None:
-    """Segments and control registers, out of the engine."""
-    registers, put = cpu.registers, special.put
-    for name, number in _SEGMENTS.items():
-        segment = registers.segment(number)
-        put(f"{name}.selector", segment.selector)
-        put(f"{name}.base", segment.base)
-        put(f"{name}.limit", segment.limit)
-        for part, shift, bits in _RIGHTS:
-            put(f"{name}.{part}", segment.rights >> shift & (1 << bits) - 1)
-        put(f"{name}.unusable", int(not segment.rights & r.RIGHTS_P))
-    for name, number in _TABLES.items():
-        table = registers.segment(number)
-        put(f"{name}.base", table.base)
-        put(f"{name}.limit", table.limit)
-    for name in ("cr0", "cr2", "cr3", "cr4", "efer"):
-        put(name, getattr(registers, name))
