@@ -47,6 +47,7 @@ class Cpu:
             holds for the next execution of that instruction (fault-like stops).
         debugger: what a debugger in user space wants; None: there is none.
         traps: payload of the #DB that is due before the next instruction; 0: none.
+        cautious: its next instruction is executed alone, for what follows cannot be read.
         stepped: an instruction was executed for a debugger that single-steps and has not heard yet.
         nmi_masked: an NMI was delivered, and no IRET executed since.
         interrupt: vector of an external interrupt that comes as soon as the guest takes it.
@@ -81,7 +82,7 @@ class Cpu:
         self.admitted = -1
         self.debugger: Debugger | None = None
         self.traps = 0
-        self.stepped = False
+        self.stepped = self.cautious = False
         self.nmi_masked = False
         self._owed_traps = 0
         self.interrupt: int | None = None

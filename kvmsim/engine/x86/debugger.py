@@ -27,7 +27,7 @@ PUSHF = 0x9C
 
 def is_needed(cpu: Cpu) -> bool:
     """Whether a vCPU is to be executed instruction by instruction."""
-    if cpu.creeps or cpu.steps or cpu.registers.checks_alignment:
+    if cpu.creeps or cpu.cautious or cpu.steps or cpu.registers.checks_alignment:
         return True
     if not breakpoints.armed(cpu):
         return False
@@ -61,10 +61,13 @@ def step(vm: X86Vm, cpu: Cpu) -> Stop | None:
     cpu.creeps = max(0, cpu.creeps - 1)
     if why is Why.INTERRUPT and watch.vector == DB and not registers.d[EXCEPTION_IS_INT]:
         exits.completed(cpu, vm.accesses.hits, stepped=bool(before_flags(before) & r.FLAG_TF))
+        cpu.cautious = False
         return taken
     if taken is not None or why in {Why.NEW_SITES, Why.NOTHING}:
         return taken
-    return exits.handle(vm, cpu, why)
+    stop = exits.handle(vm, cpu, why)
+    cpu.cautious = False
+    return stop
 
 
 def before_flags(env: bytes) -> int:

@@ -16,6 +16,7 @@ from kvmsim.engine.x86 import (
     stepping,
 )
 from kvmsim.engine.x86 import registers as r
+from kvmsim.engine.x86.backend import ACCESS_FETCHES
 from kvmsim.engine.x86.delivery import AC, BP, DB, GP, PF, UD, Event, Fault
 from kvmsim.engine.x86.sites import Kind
 from kvmsim.engine.x86.stepping import EXCEPTION_IS_INT, trap
@@ -130,14 +131,31 @@ def handle(vm: X86Vm, cpu: Cpu, why: Why) -> Stop | None:
     elif why is Why.INVALID:
         cpu.queue(Event(UD))
     elif why is Why.ACCESS:
-        stop = mmio.stopped(vm, cpu)
-        if vm.watch.fell_short and vm.policy.fault_like:
-            vm.watch.admitted(cpu)
-        elif vm.watch.fell_short:
-            # Locked before it turned out that nothing answers: the lock rides on the exit.
-            stop.bus_lock = True
-            cpu.bus_locks += 1
+        stop = _no_memory(vm, cpu)
     return stop
+
+
+def _no_memory(vm: X86Vm, cpu: Cpu) -> Stop | None:
+    if not cpu.cautious and _fetched_ahead(vm, cpu):
+        cpu.cautious = True
+        return None
+    stop = mmio.stopped(vm, cpu)
+    if vm.watch.fell_short and vm.policy.fault_like:
+        vm.watch.admitted(cpu)
+    elif vm.watch.fell_short:
+        # Locked before it turned out that nothing answers: the lock rides on the exit.
+        stop.bus_lock = True
+        cpu.bus_locks += 1
+    return stop
+
+
+def _fetched_ahead(vm: X86Vm, cpu: Cpu) -> bool:
+    """Whether code was missing further on in a block only: the instruction at RIP is all there."""
+    assert vm.watch.access is not None
+    if vm.watch.access[0] not in ACCESS_FETCHES:
+        return False
+    code = vm.watch.read_code(cpu.registers.linear_rip, decode.MAX_LENGTH)
+    return decode.decode(code, 0, cpu.registers.mode) is not None
 
 
 def _at_site(vm: X86Vm, cpu: Cpu) -> Stop | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import GP, PF, SS
-from kvmsim.engine.x86.paging import PF_WRITE
+from kvmsim.engine.x86.paging import PF_FETCH, PF_WRITE
 
 if TYPE_CHECKING:
     from kvmsim.engine.x86.cpu import Cpu
@@ -49,7 +49,7 @@ def corrected(cpu: Cpu, vector: int, code: int, found: d.Instruction | None) -> 
         code: its error code.
         found: the instruction at RIP; None: it cannot be read.
     """
-    if found is None:
+    if found is None or code & PF_FETCH:
         return vector, code
     arpl = found.opcode == ARPL and found.operand is not None and cpu.registers.mode != 64
     if vector == PF and not code & PF_WRITE and (arpl or reads_and_writes(found)):
