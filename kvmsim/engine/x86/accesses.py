@@ -59,8 +59,13 @@ class Accesses:
         # Blocks translated before do not call.
         self._unicorn.flush_code()
 
+    @property
+    def active(self) -> bool:
+        """Whether accesses are noted."""
+        return bool(self._ranges)
+
     def rest(self) -> None:
-        """Note nothing: hooks of accesses make all of them slow, and RETF of real mode go astray."""
+        """Note nothing: hooks of accesses make all of them slow, and RETF in real mode stray."""
         if self._ranges:
             self.watch(())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvmsim.engine.base import BusLock
 from kvmsim.engine.x86 import fpu
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import Linear
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kvmsim.engine.x86.vm import X86Vm
     from kvmsim.engine.x86.watch import Why
 
+_UNUSUAL_FLAGS = r.FLAG_RF | r.FLAG_AC
 CR0_RESET = 0x6000_0010
 DR6_RESET, DR7_RESET = 0xFFFF_0FF0, 0x400
 _CODE_RESET = r.RIGHTS_P | r.RIGHTS_S | 0xB << 8
@@ -62,6 +64,7 @@ class Cpu:
         kicked: it is to stop executing in another thread.
         creeps: so many instructions ahead are to be executed one by one.
         worked: it has executed there since it was handed out.
+        bus_lock: the stop for a bus lock and nothing else; one is enough.
         bus_locks: bus locks its guest has taken.
         detects_splits: whether split locks stop the guest at this moment (``SplitLockAc``); None:
             never. Called in whatever thread executes.
@@ -93,6 +96,7 @@ class Cpu:
         self.left: tuple[Why, int] | None = None
         self.kicked = self.worked = False
         self.creeps = 0
+        self.bus_lock = BusLock()
         self.bus_locks = 0
         self.detects_splits: Callable[[], bool] | None = None
         self.lbr: LastBranches | None = None
@@ -146,6 +150,13 @@ class Cpu:
     def steps(self) -> bool:
         """Whether a debugger single-steps it."""
         return self.debugger is not None and self.debugger.single_step
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing makes the engine look at single instructions or at breakpoints."""
+        q = self.registers.q
+        unusual = q[r.DR7 // 8] & r.DR7_ENABLED or q[r.EFLAGS // 8] & _UNUSUAL_FLAGS
+        return self.debugger is None and not (unusual or self.creeps or self.cautious)
 
     def owe_trap(self, payload: int) -> None:
         """A #DB is due when the instruction that waits for user space is completed."""

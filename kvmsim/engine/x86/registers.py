@@ -28,8 +28,9 @@ _FLAGS_VALID = 0x3F_7FD7
 _RIP, _EFLAGS, _CC_SRC, _CC_OP, _DF, _HFLAGS = 128, 136, 152, 168, 172, 176
 #: Where the privilege level is, in the lowest two bits.
 HFLAGS = _HFLAGS
-#: Where RIP is, and RFLAGS but for the status flags.
+#: Where DR7 is, and the bits of it that enable breakpoints.
 DR7, DR7_ENABLED = 5456, 0xFF
+#: Where RIP is, and RFLAGS but for the status flags.
 RIP, EFLAGS, CC_SRC = _RIP, _EFLAGS, _CC_SRC
 SEGMENTS = 184
 _SEGMENT_BYTES = 24

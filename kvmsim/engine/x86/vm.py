@@ -60,12 +60,15 @@ class Awake:
 
     Args:
         limit: how many; more only if all of them execute.
+
+    Attributes:
+        last: the one that ran last.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._vms: OrderedDict[X86Vm, None] = OrderedDict()
-        self._last: X86Vm | None = None
+        self.last: X86Vm | None = None
 
     def add(self, vm: X86Vm) -> None:
         """A VM has got an emulator."""
@@ -76,14 +79,14 @@ class Awake:
 
     def used(self, vm: X86Vm) -> None:
         """A VM runs."""
-        if self._last is not vm and vm.awake:
-            self._last = vm
+        if vm.awake:
+            self.last = vm
             self._vms.move_to_end(vm)
 
     def discard(self, vm: X86Vm) -> None:
         """A VM has none any more."""
         self._vms.pop(vm, None)
-        self._last = None
+        self.last = None
 
 
 AWAKE = Awake(256)
@@ -283,7 +286,8 @@ class X86Vm:
             msg = "the last stop was not completed"
             raise RuntimeError(msg)
         self._out.discard(cpu)
-        AWAKE.used(self)
+        if AWAKE.last is not self:
+            AWAKE.used(self)
         if self._current is not cpu or self._stale_translations:
             self.load(cpu)
         self.watch.check_code()
@@ -372,9 +376,10 @@ class X86Vm:
 
     def _step(self, cpu: Cpu) -> Stop | None:
         """Execute until the emulator stops; None: it goes on."""
-        if debugger.is_needed(cpu):
-            return debugger.step(self, cpu)
-        self.watch.arm(cpu)
+        if self.watch.armed or self.accesses.active or not cpu.is_plain:
+            if debugger.is_needed(cpu):
+                return debugger.step(self, cpu)
+            self.watch.arm(cpu)
         return exits.ended(self, cpu, *self.watch.execute(cpu))
 
     # -- running in another thread -----------------------------------------------------------------

@@ -21,7 +21,6 @@ from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.base import BusLock
 from kvmsim.engine.x86 import breakpoints, control, paging, sites
 from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86.delivery import DB
@@ -40,6 +39,7 @@ from kvmsim.engine.x86.registers import (
 from kvmsim.engine.x86.sites import Kind, Site
 
 if TYPE_CHECKING:
+    from kvmsim.engine.base import BusLock
     from kvmsim.engine.x86.cpu import Cpu
     from kvmsim.engine.x86.operands import Operands
     from kvmsim.engine.x86.registers import Registers
@@ -165,7 +165,9 @@ class Watch:
             self.admitted(cpu)
             return None
         cpu.bus_locks += 1
-        return BusLock(cpl=registers.cpl)
+        stop = cpu.bus_lock
+        stop.bus_lock = False
+        return stop
 
     def admitted(self, cpu: Cpu) -> None:
         """A fault-like bus lock was admitted before, and is taken."""
@@ -193,6 +195,11 @@ class Watch:
         if expected.stopped:
             self._why, self.site = Why.LOCK, self._sites[expected.stopped]
             expected.stopped = 0
+
+    @property
+    def armed(self) -> bool:
+        """Whether there are code breakpoints."""
+        return bool(self._points)
 
     def arm(self, cpu: Cpu) -> None:
         """Stop in front of the code breakpoints a vCPU has at this moment, and at no data."""
