@@ -1,8 +1,7 @@
 """Exceptions and interrupts on their way into the guest: real, protected and long mode.
 
 The emulator below stops at every exception and leaves the rest to its caller, which is this file:
-vector tables, gates, rings, stacks. Source: Intel SDM volume 3, chapter 6. Task gates are not
-delivered: the guest ends with an internal error.
+vector tables, gates, rings, stacks. Source: Intel SDM volume 3, chapter 6. Task gates: ``task``.
 """
 
 from __future__ import annotations
@@ -145,7 +144,7 @@ def inject(registers: Registers, memory: Memory, event: Event) -> None:
 
     Raises:
         TripleFault: a fault during #DF.
-        Unsupported: a task gate, or no memory where a table or the stack should be.
+        Unsupported: a gate to a 16-bit task, or no memory where a table or the stack should be.
     """
     linear = Linear(registers, memory, delivers=True)
     while True:
@@ -243,8 +242,6 @@ def _gate(registers: Registers, linear: Linear, event: Event, size_bytes: int) -
         raise Fault(GP, reference)
     if not high & r.RIGHTS_P:
         raise Fault(NP, reference)
-    if kind == _TASK_GATE:
-        raise Unsupported("a task gate")
     if kind in {_INTERRUPT_16, _TRAP_16}:
         offset &= 0xFFFF
     return _Gate(low >> 16, offset, kind, high & 7 if size_bytes == 16 else 0)
@@ -343,6 +340,11 @@ def _canonical(address: int) -> bool:
 
 def _deliver_protected(registers: Registers, linear: Linear, event: Event) -> None:
     gate = _gate(registers, linear, event, 8)
+    if gate.kind == _TASK_GATE:
+        from kvmsim.engine.x86 import task  # noqa: PLC0415 - it needs the faults of this module
+
+        task.switch(registers, linear, gate.selector, event)
+        return
     extern = 0 if event.software else 1
     width = 4 if gate.kind in {_INTERRUPT_32, _TRAP_32} else 2
     virtual = bool(registers.flags & r.FLAG_VM)

@@ -42,6 +42,8 @@ class CpuState:
         tsc: time stamp counter.
         shadow: interrupts are held off for one instruction.
         events: what waits for delivery.
+        traps: see ``Cpu.traps``.
+        nmi_masked: see ``Cpu.nmi_masked``.
         interrupt: see ``Cpu.interrupt``.
         admitted: see ``Cpu.admitted``.
     """
@@ -63,6 +65,8 @@ class CpuState:
     tsc: int
     shadow: bool
     events: tuple[Event, ...]
+    traps: int
+    nmi_masked: bool
     interrupt: int | None
     admitted: int
 
@@ -95,6 +99,8 @@ def save(cpu: Cpu) -> CpuState:
         tsc=cpu.tsc,
         shadow=registers.shadow,
         events=tuple(cpu.events),
+        traps=cpu.traps,
+        nmi_masked=cpu.nmi_masked,
         interrupt=cpu.interrupt,
         admitted=cpu.admitted,
     )
@@ -125,6 +131,7 @@ def restore(cpu: Cpu, state: CpuState) -> None:
     registers.shadow = state.shadow
     cpu.abandon()
     cpu.events[:] = state.events
+    cpu.traps, cpu.nmi_masked = state.traps, state.nmi_masked
     cpu.interrupt = state.interrupt
     cpu.admitted = state.admitted
     cpu.changed()

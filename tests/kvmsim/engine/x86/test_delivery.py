@@ -150,13 +150,6 @@ def test_a_page_fault_on_the_stack_of_a_page_fault_is_a_double_fault(guest):
     assert guest.r.cr2 == 0x300000 - 48
 
 
-def test_a_task_gate_ends_the_guest(guest):
-    guest.protected("0f 0b").gate(6, HANDLER, kind=5)
-    stop = guest.run()
-    assert isinstance(stop, InternalError)
-    assert stop.suberror == 3
-
-
 def test_an_external_interrupt_comes_when_the_guest_is_entered(guest):
     guest.long("fb", HLT, HLT).gate(0x30, HANDLER)
     guest.put(HANDLER, "ff c3", "48 cf")
