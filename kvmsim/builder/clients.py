@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         EndCharge,
         ForCaller,
         FreeKey,
+        KernelLine,
         VmReport,
         WhereCharged,
     )
@@ -56,8 +57,8 @@ SETTLE_S = 0.1
 """How long supervisors may take to give back what has been closed; a stopped one never does."""
 
 
-MAX_PROGRAM = 64
-"""Characters of a program's name that are kept."""
+MAX_PROGRAM, MAX_LINE = 64, 200
+"""Characters of a program's name, and of a line of the kernel, that are kept."""
 
 CHARGE_FILES = ("misc.", "encryption_ids.")
 """Files that show charges begin so."""
@@ -397,6 +398,11 @@ class ClientSession:
         return pid
 
     # -- VMs, end --------------------------------------------------------------------------------
+
+    def log(self, params: KernelLine) -> None:
+        """The kernel printed a line."""
+        line = "".join(c if c.isprintable() else "?" for c in params.line[:MAX_LINE])
+        self._host.machine.kernel_log.print(line)
 
     def report(self, params: VmReport) -> None:
         """Note what the VMs do."""

@@ -106,6 +106,7 @@ class Host:
                 misc.add_resource(resource)
         self.accounting = CgroupAccounting(self.roots)
         self.machine = Machine(preset, self.roots, self.accounting)
+        self.machine.kernel_log.on_line = partial(log.warning, "kernel: %s")
         self.system = System(self.machine)
         limiter = cast("Limiter | None", self.roots.controllers.get("bus_lock"))
         self.timeline = Timeline(limiter, bus_lock_stall_ns=self.machine.bus_lock_stall_ns)

@@ -137,6 +137,12 @@ class Situation(msgspec.Struct, frozen=True):
     cgroup: str
 
 
+class KernelLine(msgspec.Struct, frozen=True):
+    """Parameters of ``client.log``: a line that a supervisor's part of the kernel printed."""
+
+    line: str
+
+
 class Settled(msgspec.Struct, frozen=True):
     """The notice ``settle``, and the parameters of ``client.settled`` that answer it.
 

@@ -19,6 +19,7 @@ from kvmsim.control.client_messages import (
     EndCharge,
     ForCaller,
     FreeKey,
+    KernelLine,
     Process,
     Settled,
     VmReport,
@@ -76,6 +77,9 @@ class ClientApi(Protocol):
     def unfollow(self, params: Process) -> None:
         """Tell it no longer."""
 
+    def log(self, params: KernelLine) -> None:
+        """The kernel printed a line."""
+
     def report(self, params: VmReport) -> None:
         """Note what the VMs do."""
 
@@ -104,6 +108,7 @@ _CALLS: dict[str, type[Any]] = {
     "cancel": BusLockRequest,
     "follow": Process,
     "unfollow": Process,
+    "log": KernelLine,
     "report": VmReport,
     "settled": Settled,
 }

@@ -10,15 +10,14 @@ all of them.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kvmsim.host.kernel_log import KernelLog
     from kvmsim.host.presets import Preset
 
 INTEL_FAMILY = 6
-LOG_LINES = 1000
 #: ``IA32_PERF_CAPABILITIES[5:0]`` of processors with architectural records.
 FORMAT_ARCHITECTURAL = 0x3F
 
@@ -80,18 +79,21 @@ def hardware_of(preset: Preset) -> LbrHardware | None:
 class LbrFacility:
     """Whether a user bound to the CPUs has the last-branch facility of the host.
 
+    Args:
+        log: where the kernel prints of guests that lost it.
+
     Attributes:
         taken: such a user is there.
         takeovers: how often one has come; an event made before has lost the facility for good.
-        log: what the kernel printed about guests that lost it, the last lines.
+        log: as given.
     """
 
     __slots__ = ("log", "taken", "takeovers")
 
-    def __init__(self) -> None:
+    def __init__(self, log: KernelLog) -> None:
         self.taken = False
         self.takeovers = 0
-        self.log: deque[str] = deque(maxlen=LOG_LINES)
+        self.log = log
 
     def take(self) -> None:
         """Such a user comes; nothing, if it is there already."""

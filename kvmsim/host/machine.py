@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from kvmsim.host import sysfiles
 from kvmsim.host.accounting import CHARGED_BY, has
+from kvmsim.host.kernel_log import KernelLog
 from kvmsim.host.lbr import LbrFacility, hardware_of
 from kvmsim.host.sev_setup import set_up
 from kvmsim.host.split_locks import SplitLocks
@@ -53,6 +54,7 @@ class Machine:
         sev: SEV as KVM may use it.
         capacities: every counted resource that exists, in registration order.
         bus_lock_exit: ``none``, ``trap`` or ``fault``.
+        kernel_log: what the kernel prints while it runs.
         lbr: last-branch hardware; None without, or without a PMU for guests.
         lbr_facility: who of the host has it.
         split_lock: the kernel's policy for split locks, at work.
@@ -65,6 +67,7 @@ class Machine:
         "accounting",
         "bus_lock_exit",
         "capacities",
+        "kernel_log",
         "lbr",
         "lbr_facility",
         "log",
@@ -81,8 +84,9 @@ class Machine:
         self.log = self.sev.log
         self.bus_lock_exit = preset.bus_lock.exit
         self.lbr = hardware_of(preset) if preset.pmu is not None else None
-        self.lbr_facility = LbrFacility()
-        self.split_lock = SplitLocks(preset)
+        self.kernel_log = KernelLog()
+        self.lbr_facility = LbrFacility(self.kernel_log)
+        self.split_lock = SplitLocks(preset, self.kernel_log)
         self.capacities = {name: amount for name, amount in self._counted() if amount}
         self.parameters = sysfiles.module_parameters(preset, self.sev)
         self._cpuinfo = ""

@@ -15,13 +15,13 @@ The hardware's #DB is used where it has no #AC, and for ``ratelimit``.
 
 from __future__ import annotations
 
-from collections import deque
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from kvmsim.host.split_lock import KernelRatelimit, Mode, parse_split_lock_detect
 
 if TYPE_CHECKING:
+    from kvmsim.host.kernel_log import KernelLog
     from kvmsim.host.presets import Preset
 
 NS_PER_S = 1_000_000_000
@@ -30,7 +30,6 @@ MISERY_NS = 10_000_000
 
 DETECTION_OFF_TICKS = 2
 PREFIX = "x86/split lock detection: "
-LOG_LINES = 1000
 #: Linux DEFAULT_RATELIMIT: log lines per five seconds.
 PRINTK_NS, PRINTK_BURST = 5 * NS_PER_S, 10
 
@@ -48,6 +47,7 @@ class SplitLocks:
 
     Args:
         preset: the machine.
+        log: where the kernel prints.
 
     Attributes:
         policy: the option as the kernel understood it.
@@ -56,7 +56,7 @@ class SplitLocks:
         has_ac: the processor could raise #AC.
         mitigates: sysctl ``kernel.split_lock_mitigate``.
         detection_off_ns: for how long detection stays off on a CPU that let a split lock through.
-        log: what the kernel printed, the last lines.
+        log: as given.
     """
 
     __slots__ = (
@@ -64,7 +64,7 @@ class SplitLocks:
         *("detection_off_ns", "has_ac", "log", "mitigates", "policy", "raises_ac", "raises_db"),
     )
 
-    def __init__(self, preset: Preset) -> None:
+    def __init__(self, preset: Preset, log: KernelLog) -> None:
         hardware, kernel = preset.bus_lock, preset.kernel
         capable = hardware.detect or hardware.split_lock_detect
         self.policy = parse_split_lock_detect(kernel.split_lock_detect, capable=capable)
@@ -74,7 +74,7 @@ class SplitLocks:
         self.raises_db = hardware.detect and mode is not Mode.OFF and not self.raises_ac
         self.mitigates = kernel.split_lock_mitigate
         self.detection_off_ns = DETECTION_OFF_TICKS * NS_PER_S // kernel.hz
-        self.log: deque[str] = deque(maxlen=LOG_LINES)
+        self.log = log
         self._printk = KernelRatelimit(PRINTK_NS, PRINTK_BURST)
         self._ratelimit = KernelRatelimit.of(self.policy)
         self._waiting: list[object] = []
@@ -106,7 +106,7 @@ class SplitLocks:
         if not self._fatal_warned:
             self._fatal_warned = True
             kind = "fatal" if self.policy.mode is Mode.FATAL else "bogus"
-            self.log.append(f"{PREFIX}#AC: {comm}/{pid} {kind} split_lock trap at address: {ip:#x}")
+            self.log.print(f"{PREFIX}#AC: {comm}/{pid} {kind} split_lock trap at address: {ip:#x}")
 
     def let_through(self, waiter: object, now_ns: int) -> int:
         """A sleeper wants its split lock to pass: one CPU at a time is without detection.
@@ -134,4 +134,4 @@ class SplitLocks:
 
     def _print(self, line: str, now_ns: int) -> None:
         if self._printk.try_take(now_ns):
-            self.log.append(PREFIX + line)
+            self.log.print(PREFIX + line)

@@ -118,7 +118,7 @@ class GuestLbr:
             return
         if not self._warned:
             self._warned = True
-            self._facility.log.append(f"kvm_intel: vcpu-{self._vcpu_id}: fail to passthrough LBR.")
+            self._facility.log.print(f"kvm_intel: vcpu-{self._vcpu_id}: fail to passthrough LBR.")
 
     def scheduled_out(self, debugctl: int, *, ignores_use: bool) -> None:
         """The vCPU's thread left its CPU and came back.

@@ -13,7 +13,7 @@ import trio
 
 from cgfs.control.errors import CommandError, from_oserror
 from kvmsim import interpose
-from kvmsim.control.client_messages import Attach, Attached, VmReport
+from kvmsim.control.client_messages import Attach, Attached, KernelLine, VmReport
 from kvmsim.control.messages import Nothing
 from kvmsim.errors import KvmError
 from kvmsim.host.machine import Machine
@@ -115,9 +115,14 @@ class HostedClient:
         self._accounting = SocketAccounting(connection)
         machine = Machine(attached.preset, None, self._accounting)
         lbr.follow(machine.lbr_facility, connection, taken=attached.lbr_taken)
+        machine.kernel_log.on_line = self._tell_line
         self.system = System(machine, f"{attached.name} {attached.directory}".encode())
         self.system.keys = HostKeys(machine, connection)
         self._reporter = Reporter(self.system, connection)
+
+    def _tell_line(self, line: str) -> None:
+        """What the kernel prints is in the host's log."""
+        self._connection.post("client.log", KernelLine(line))
 
     def run(self) -> int:
         """Run the client to its end; its exit status.

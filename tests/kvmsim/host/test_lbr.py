@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvmsim.host.kernel_log import KernelLog
 from kvmsim.host.lbr import LbrFacility, hardware_of
 from kvmsim.host.presets import load, parse
 
@@ -53,7 +54,7 @@ def test_presets(name, has):
 
 
 def test_each_time_somebody_takes_it_counts():
-    facility = LbrFacility()
+    facility = LbrFacility(KernelLog())
     facility.take()
     facility.take()
     facility.release()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvmsim.host.kernel_log import KernelLog
 from kvmsim.host.presets import parse
 from kvmsim.host.split_locks import SplitLocks, Verdict
 
@@ -16,7 +17,7 @@ def policy(hardware, option=None, *, mitigate=True):
     kernel = [] if option is None else [f'split-lock-detect = "{option}"']
     kernel.append(f"split-lock-mitigate = {str(mitigate).lower()}")
     toml = 'vendor = "intel"\n' + hardware + "[kernel]\n" + "\n".join(kernel) + "\n"
-    return SplitLocks(parse(toml, "test.toml"))
+    return SplitLocks(parse(toml, "test.toml"), KernelLog())
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""The host's last-branch records, told to its supervisors."""
+"""The host's last-branch records told to its supervisors, and lines of their kernels to it."""
 
 import pytest
 import trio
 
-from kvmsim.control.messages import LbrState
+from kvmsim.control.client_messages import KernelLine
+from kvmsim.control.messages import LbrState, Nothing
 from kvmsim.supervise import lbr
 
 
@@ -38,3 +39,12 @@ async def test_a_supervisor_that_comes_later_finds_them_taken(served, supervise)
     served.host.set_lbr(LbrState(taken=True))
     facility = facility_of(await supervise())
     assert facility.taken
+
+
+async def test_what_a_supervisors_kernel_prints_is_in_the_log_of_the_host(
+    served, supervisor, in_thread, caplog
+):
+    line = KernelLine("x86/split lock detection: #AC: it\x1b happened")
+    await in_thread(supervisor.connection.call, "client.log", line, Nothing)
+    assert list(served.host.machine.kernel_log) == ["x86/split lock detection: #AC: it? happened"]
+    assert "kernel: x86/split lock detection: #AC: it? happened" in caplog.text
