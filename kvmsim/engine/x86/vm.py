@@ -370,8 +370,12 @@ class X86Vm:
     def _inject(self, cpu: Cpu) -> None:
         while cpu.events:
             event = cpu.events.pop(0)
-            source = cpu.registers.linear_rip - event.length
-            delivery.inject(cpu.registers, self.memory, event)
+            registers, tables = cpu.registers, cpu.registers.cr3
+            source = registers.linear_rip - event.length
+            delivery.inject(registers, self.memory, event)
+            if registers.cr3 != tables:  # by a task gate
+                self.translation_changed()
+                self.load(cpu)
             self.branches.far(source, cpu.registers.linear_rip)
 
     def _step(self, cpu: Cpu) -> Stop | None:

@@ -96,6 +96,25 @@ def test_a_task_that_cannot_be_entered_ends_the_guest(tasks, high, stop):
     assert isinstance(tasks.run(), stop)
 
 
+def test_a_task_has_page_tables_of_its_own(tasks):
+    # Both directories map the first 4 MiB one to one, but for 0x9000: 0xA000 or 0xB000.
+    for directory, table, page in ((0x10000, 0x11000, 0xA000), (0x12000, 0x13000, 0xB000)):
+        tasks.set_word(directory, table | 7, 4)
+        for number in range(64):
+            tasks.set_word(table + 4 * number, number << 12 | 7, 4)
+        tasks.set_word(table + 4 * 9, page | 7, 4)
+    tasks.set_word(0xA000, 0xAAAA, 4)
+    tasks.set_word(0xB000, 0xBBBB, 4)
+    tasks.put(CODE, "8b 1d 00 90 00 00", "0f 0b")  # mov ebx, [0x9000]
+    tasks.put(HANDLER, "8b 0d 00 90 00 00", HLT)  # mov ecx, [0x9000]
+    tasks.set_word(OTHER + 28, 0x12000, 4)
+    tasks.r.cr3 = 0x10000
+    tasks.r.cr0 |= 1 << 31
+    tasks.cpu.changed()
+    assert isinstance(tasks.run(), Hlt)
+    assert (tasks.word(TSS + 52), tasks.q[r.RCX]) == (0xAAAA, 0xBBBB)
+
+
 def test_a_far_jump_to_a_task_is_the_emulators_and_works(tasks):
     tasks.protected("ea 00 00 00 00 30 00")
     tasks.set_word(GDT + 0x28, 0x67 | TSS << 16 | 0x8B << 40)
