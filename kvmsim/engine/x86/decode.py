@@ -3,7 +3,8 @@
 Not a disassembler: an instruction is its prefixes, opcode, ModRM and immediates, enough to say how
 long it is, which memory it addresses, whether it locks that, and whether it is *sensitive*, that
 is, executed by the engine and not by the emulator below. Opcodes are numbers: one byte, ``0x0Fxx``,
-``0x0F38xx`` or ``0x0F3Axx``. VEX, EVEX and XOP instructions are not decoded: the guest gets #UD.
+``0x0F38xx`` or ``0x0F3Axx``; with a VEX prefix ``VEX`` and its fields, as far as to the operand.
+EVEX and XOP instructions are not decoded further, for the guest gets #UD.
 
 Source: Intel SDM volume 2, appendix A, opcode maps.
 """
@@ -17,6 +18,13 @@ from enum import IntEnum
 MAX_LENGTH = 15
 REPNE = 0xF2
 SMSW = 4  # in the reg field of 0F 01
+
+#: Set in opcodes behind a VEX prefix: pp << 16, the opcode map << 8, the opcode.
+VEX = 1 << 24
+#: An EVEX prefix, of which nothing else is known.
+EVEX = 1 << 25
+#: The VEX prefix names a second source.
+VEX_SOURCE = 1 << 26
 
 #: Registers a memory operand may have besides the 16 general ones.
 NONE = -1
@@ -122,6 +130,7 @@ def _has_modrm(opcode: int) -> bool:
     )
 
 
+_VEX_IMM8 = frozenset({0x70, 0x71, 0x72, 0x73, 0xC2, 0xC4, 0xC5, 0xC6})
 _MODRM_1 = frozenset(op for op in range(256) if _has_modrm(op))
 _NO_MODRM_2 = frozenset(
     (*range(0x05, 0x0A), 0x0B, 0x0E, *range(0x30, 0x38), 0x77, *range(0x80, 0x90))
@@ -174,7 +183,7 @@ def decode(code: bytes, at: int, mode: int) -> Instruction | None:
         mode: 16, 32 or 64, the mode of the code segment.
 
     Returns:
-        The instruction; None: it is cut off, too long, or of a VEX or EVEX form.
+        The instruction; None: it is cut off or too long.
     """
     try:
         return _decode(_Reader(code, at), mode)
@@ -195,7 +204,7 @@ def _decode(reader: _Reader, mode: int) -> Instruction | None:
     if _takes_modrm(opcode):
         modrm = reader.take(1)
         if opcode in {0xC4, 0xC5, 0x62} and (mode == 64 or modrm >= 0xC0):
-            return None
+            return _vex(reader, prefixes, opcode, modrm, mode)
         if modrm < 0xC0 and not 0x0F20 <= opcode <= 0x0F23:
             operand = _operand(reader, modrm, prefixes, wide_address, mode)
     immediate = _immediate(reader, opcode, modrm, prefixes, bits, wide_address, mode)
@@ -211,6 +220,34 @@ def _decode(reader: _Reader, mode: int) -> Instruction | None:
         prefixes.segment,
         wide_address,
         immediate,
+    )
+
+
+def _vex(reader: _Reader, prefixes: _Prefixes, first: int, second: int, mode: int) -> Instruction:
+    """An instruction behind a VEX prefix of two or three bytes, or the start of an EVEX one."""
+    opcode, bits = EVEX, 512
+    address_bits = mode if not prefixes.address_size else {32: 16, 64: 32}.get(mode, 32)
+    modrm, operand = NONE, None
+    valid = not (prefixes.locked or prefixes.repeat or prefixes.operand_size or prefixes.rex)
+    if first != 0x62 and valid:
+        third = reader.take(1) if first == 0xC4 else second & 0x7F
+        table = second & 0x1F if first == 0xC4 else 1
+        rex = ~second >> 5 & (7 if first == 0xC4 else 4)
+        prefixes.rex = rex | third >> 4 & 8
+        # Only these read no second source, whose field is then all ones.
+        code = reader.take(1)
+        opcode = VEX | (third & 3) << 16 | table << 8 | code
+        bits = 256 if third & 4 else 128
+        if third >> 3 & 15 != 15:
+            opcode |= VEX_SOURCE
+        if (table, code) != (1, 0x77):
+            modrm = reader.take(1)
+            if modrm < 0xC0:
+                operand = _operand(reader, modrm, prefixes, address_bits, mode)
+        reader.take(1 if table == 3 or (table == 1 and code in _VEX_IMM8) else 0)
+    return Instruction(
+        *(reader.code[: reader.at], opcode, modrm, operand, bits, prefixes.rex),
+        *(prefixes.locked, prefixes.repeat, prefixes.segment, address_bits, 0),
     )
 
 
@@ -387,7 +424,8 @@ INTERESTING = re.compile(
     rb"[\xf0\x86\x87\x6c-\x6f\xe4-\xe7\xec-\xef\xf1\xf4\x9d\xcf\xfb]|"
     rb"\x0f[\x00\x01\x05\x07-\x09\x20-\x23\x30-\x34\xa2\xae]|"
     rb"[\x8f\xc6\xc7][\x08-\x3f\x48-\x7f\x88-\xbf\xc8-\xff]|"
-    rb"\x0f\x38[\xf0\xf1][\xc0-\xff]"
+    rb"\x0f\x38[\xf0\xf1][\xc0-\xff]|"
+    rb"\xc5|\x62|\xc4[\x01-\x03\x21-\x23\x41-\x43\x61-\x63\x81-\x83\xa1-\xa3\xc1-\xc3\xe1-\xe3]"
 )
 _CONTROL_REGISTERS = frozenset({0, 2, 3, 4, 8})
 

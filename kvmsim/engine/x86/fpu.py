@@ -113,3 +113,15 @@ def set_avx_area(registers: Registers, area: bytes | bytearray | memoryview) -> 
     for number in range(16):
         at = _XMM + _XMM_BYTES * number + 16
         registers.env[at : at + 16] = area[16 * number : 16 * number + 16]
+
+
+def ymm(registers: Registers, number: int) -> bytes:
+    """A YMM register, 32 bytes."""
+    at = _XMM + _XMM_BYTES * number
+    return bytes(registers.env[at : at + 32])
+
+
+def set_ymm(registers: Registers, number: int, value: bytes) -> None:
+    """Set a YMM register; what a shorter value leaves is zero."""
+    at = _XMM + _XMM_BYTES * number
+    registers.env[at : at + 32] = value.ljust(32, b"\0")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.base import Hlt, Hypercall, InKernel, Io, Rdmsr, SystemEvent, Wrmsr
-from kvmsim.engine.x86 import breakpoints, xsave
+from kvmsim.engine.x86 import breakpoints, vex, xsave
 from kvmsim.engine.x86 import registers as r
-from kvmsim.engine.x86.decode import DS, NONE
+from kvmsim.engine.x86.decode import DS, NONE, VEX
 from kvmsim.engine.x86.delivery import DB, GP, PF, UD, Event, Fault
 from kvmsim.engine.x86.msr import read_msr, write_msr
 from kvmsim.engine.x86.paging import PageFault, translate
@@ -44,6 +44,9 @@ def execute(cpu: Cpu, found: Instruction) -> Stop | None:
         Fault: the guest gets an exception.
     """
     opcode = found.opcode
+    if opcode >= VEX:
+        vex.execute(cpu, found)
+        return None
     if opcode == 0x0F01:
         return _EXTENDED[found.modrm](cpu, found)
     return _TABLE[opcode](cpu, found)

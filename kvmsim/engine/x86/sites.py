@@ -11,7 +11,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from kvmsim.engine.x86 import decode as d
-from kvmsim.engine.x86 import xsave
+from kvmsim.engine.x86 import vex, xsave
 from kvmsim.engine.x86.registers import SEGMENTS
 
 if TYPE_CHECKING:
@@ -81,18 +81,25 @@ class Site:
 
 def kind_of(found: d.Instruction) -> Kind | None:
     """Why an instruction is of interest; None: it is not."""
-    if d.is_undefined(found) or (found.locked and not d.is_lockable(found)):
+    if _does_not_exist(found):
         return Kind.UNDEFINED
     if d.is_locked_access(found):
         return Kind.LOCK
     control = found.opcode in {0x0F20, 0x0F22} and found.reg != CR8
-    if (d.is_sensitive(found) and not control) or xsave.is_one(found):
+    engines = d.is_sensitive(found) or xsave.is_one(found) or vex.is_move(found)
+    if engines and not control:
         return Kind.SENSITIVE
     if d.shows_system_state(found):
         return Kind.SYSTEM_STATE
     if (control and found.opcode == 0x0F22) or _is_invlpg(found):
         return Kind.MAPPING
     return Kind.WINDOW if found.opcode in RESTORE_FLAGS else None
+
+
+def _does_not_exist(found: d.Instruction) -> bool:
+    if found.opcode >= d.VEX:
+        return not vex.is_move(found)
+    return d.is_undefined(found) or (found.locked and not d.is_lockable(found))
 
 
 def _is_invlpg(found: d.Instruction) -> bool:
@@ -117,6 +124,8 @@ def sites_in(code: bytes, address: int, mode: int, size: int | None = None) -> I
         kind = kind_of(found)
         if kind is not None:
             yield make(address + at, kind, found, mode)
+        if found.opcode >= d.VEX and kind is Kind.UNDEFINED:
+            return  # its length is not known, and nobody gets past it
         at += found.length
 
 

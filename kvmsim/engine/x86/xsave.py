@@ -53,7 +53,7 @@ def execute(cpu: Cpu, found: Instruction) -> None:
         raise Fault(UD)
     if registers.cr0 & CR0_TS:
         raise Fault(NM)
-    at = _address(cpu, found)
+    at = address(cpu, found)
     if at % ALIGNMENT:
         raise Fault(GP)
     q = registers.q
@@ -66,8 +66,8 @@ def execute(cpu: Cpu, found: Instruction) -> None:
     registers.advance(found.length)
 
 
-def _address(cpu: Cpu, found: Instruction) -> int:
-    """Linear address of the area."""
+def address(cpu: Cpu, found: Instruction) -> int:
+    """Linear address of the operand in memory."""
     operand, q = found.operand, cpu.registers.q
     assert operand is not None
     offset = operand.disp

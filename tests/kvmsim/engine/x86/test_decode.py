@@ -122,7 +122,7 @@ def test_lengths_agree_with_a_disassembler_on_random_bytes(mode):
         code = stream.randbytes(15)
         theirs = next(engine.disasm(code, 0x1000, count=1), None)
         ours = d.decode(code, 0, mode)
-        if theirs is None or ours is None or d.is_undefined(ours):
+        if theirs is None or ours is None or d.is_undefined(ours) or ours.opcode & d.EVEX:
             continue
         compared += 1
         if theirs.size != ours.length:
