@@ -84,7 +84,7 @@ def set_nr_mmu_pages(vm: Vm, call: Call) -> int:
 
 @handles(VmFile, KVM_SET_PMU_EVENT_FILTER)
 def set_pmu_event_filter(vm: Vm, call: Call) -> int:
-    """Choose which events the guest may count; there is no PMU, so it is only kept."""
+    """Choose which events the guest may count; nothing counts, so it is only kept."""
     data = call.read(KVM_PMU_EVENT_FILTER.size_bytes)
     get = KVM_PMU_EVENT_FILTER.get
     if get(data, "action") > PMU_EVENT_DENY or get(data, "flags") & ~PMU_EVENT_FLAGS:

@@ -114,9 +114,9 @@ class HostedClient:
             raise CommandError(str(error)) from error
         self._accounting = SocketAccounting(connection)
         machine = Machine(attached.preset, None, self._accounting)
-        lbr.follow(machine.lbr_facility, connection, taken=attached.lbr_taken)
         machine.kernel_log.on_line = self._tell_line
         self.system = System(machine, f"{attached.name} {attached.directory}".encode())
+        lbr.follow(self.system, connection, taken=attached.lbr_taken)
         self.system.keys = HostKeys(machine, connection)
         self._reporter = Reporter(self.system, connection)
 

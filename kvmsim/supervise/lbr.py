@@ -7,26 +7,33 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kvmsim.control.messages import LbrState
+from kvmsim.kvm.run import GUEST
 
 if TYPE_CHECKING:
-    from kvmsim.host.lbr import LbrFacility
+    from kvmsim.kvm.system import System
     from kvmsim.supervise.connection import HostConnection
 
 
-def follow(facility: LbrFacility, connection: HostConnection, *, taken: bool) -> None:
+def follow(system: System, connection: HostConnection, *, taken: bool) -> None:
     """Keep a supervisor's picture of the records the host's.
 
     Args:
-        facility: the records, of the supervisor's own machine.
+        system: the supervisor's KVM, on a machine of its own.
         connection: to the host.
         taken: whose they were when it attached.
     """
+    facility = system.machine.lbr_facility
 
     def hear(params: bytes) -> None:
-        if msgspec.json.decode(params, type=LbrState).taken:
-            facility.take()
-        else:
+        if not msgspec.json.decode(params, type=LbrState).taken:
             facility.release()
+            return
+        facility.take()
+        for vm in system.vms:
+            for vcpu in vm.vcpus.values():
+                # The processor is told by an interrupt, which is an exit of the guest on it.
+                if vcpu.phase == GUEST:
+                    vcpu.kick(vcpu.since_ns)
 
     if taken:
         facility.take()

@@ -5,6 +5,9 @@ import trio
 
 from kvmsim.control.client_messages import KernelLine
 from kvmsim.control.messages import LbrState, Nothing
+from kvmsim.engine.base import Executing
+from kvmsim.engine.scripted import Scripted
+from kvmsim.kvm.client import LocalClient
 from kvmsim.supervise import lbr
 
 
@@ -21,9 +24,8 @@ async def until(condition, connection):
 
 
 def facility_of(supervisor):
-    facility = supervisor.system.machine.lbr_facility
-    lbr.follow(facility, supervisor.connection, taken=supervisor.attached.lbr_taken)
-    return facility
+    lbr.follow(supervisor.system, supervisor.connection, taken=supervisor.attached.lbr_taken)
+    return supervisor.system.machine.lbr_facility
 
 
 async def test_a_supervisor_hears_that_the_records_are_taken_and_given_back(served, supervisor):
@@ -33,6 +35,17 @@ async def test_a_supervisor_hears_that_the_records_are_taken_and_given_back(serv
     served.host.set_lbr(LbrState(taken=False))
     await until(lambda: not facility.taken, supervisor.connection)
     assert facility.takeovers == 1
+
+
+async def test_a_guest_that_executes_hears_of_it_at_once(served, supervisor):
+    facility = facility_of(supervisor)
+    kicks = []
+    vcpu = supervisor.system.create_vm(0, LocalClient(100)).create_vcpu(0)
+    vcpu.engine = Scripted([Executing(kick=lambda: kicks.append(1))])
+    vcpu.kvm_run(0)
+    served.host.set_lbr(LbrState(taken=True))
+    await until(lambda: facility.taken, supervisor.connection)
+    assert kicks == [1]
 
 
 async def test_a_supervisor_that_comes_later_finds_them_taken(served, supervise):
