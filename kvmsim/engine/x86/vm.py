@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 SLICE_BYTES = 12_000_000
 BYTES_PER_NS = 12
 BUS_LOCK_NS = 333
+#: After so many turns in which no vCPU went out to user space, other threads of it may have changed
+#: code all the same.
+TURNS_UNCHECKED = 16
 #: Single steps that one run() executes, however little code it may execute inline besides.
 STEPS_INLINE = 50
 #: Ends of execution that concern nothing of KVM's: ``work`` goes on after them.
@@ -138,6 +141,9 @@ class X86Vm:
         #: vCPUs whose turn to execute in work() has not ended.
         self._out: set[Cpu] = set()
         self._working: Cpu | None = None
+        #: User space may have changed code since that was looked at last.
+        self._outside = True
+        self._turns = 0
         self._wake()
         self._blank = bytes(self.unicorn.env)
         self.set_slots(slots)
@@ -290,7 +296,10 @@ class X86Vm:
             AWAKE.used(self)
         if self._current is not cpu or self._stale_translations:
             self.load(cpu)
-        self.watch.check_code()
+        self._turns += 1
+        if self._outside or not self._turns % TURNS_UNCHECKED:
+            self._outside = False
+            self.watch.check_code()
         if cpu.lbr is not None or self.branches.active:
             self.branches.watch(cpu)
         stop = self._run(cpu, allowance_ns)
@@ -299,6 +308,7 @@ class X86Vm:
         stop.cpl = cpu.registers.cpl
         stop.after_ns = cpu.guest_ns - cpu.stopped_ns if self.paced else 0
         cpu.stopped_ns = cpu.guest_ns
+        self._outside = self._outside or not isinstance(stop, InKernel)
         if self._out and self._out - {cpu}:
             # KVM may look at it while another one executes.
             self._save()
@@ -449,6 +459,7 @@ class X86Vm:
             nothing of the emulator may be touched.
         """
         self._out.discard(cpu)
+        self._outside = True
         if not cpu.worked:
             return False
         left, cpu.left = cpu.left, None

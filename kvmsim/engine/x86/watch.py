@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from kvmsim.engine.x86 import breakpoints, control, paging, sites
 from kvmsim.engine.x86 import decode as d
+from kvmsim.engine.x86.code_watch import CodeWatch
 from kvmsim.engine.x86.delivery import DB
 from kvmsim.engine.x86.lock_code import FAULT_LIKE, TRAP_LIKE, Expected, LockCode
 from kvmsim.engine.x86.memory import NoMemory
@@ -89,7 +90,7 @@ class Watch:
         self._q = vm.live.q
         self._operands = operands
         self._sites: dict[int, Site] = {}
-        self._pages: dict[int, tuple[memoryview, bytes]] = {}
+        self._code = CodeWatch(vm.unicorn.native)
         self._expected = Expected()
         self._why = Why.NOTHING
         self._new_code: list[tuple[int, int]] = []
@@ -410,7 +411,7 @@ class Watch:
             self._new_code.append((address, address + size))
             self._stop(Why.NEW_SITES)
             return
-        code = self.read_code(address, size)
+        code = self.read_code(address, size, watch=True)
         self._vm.branches.made(address, code)
         met = any(at in self._sites for at in range(address, address + size))
         if not met and not d.INTERESTING.search(code):
@@ -450,25 +451,28 @@ class Watch:
             site.ambiguous = True
             self._disturb(site)
 
-    def read_code(self, address: int, size: int) -> bytes:
-        """Code at a linear address; its pages are watched for changes by the host from now on."""
-        code = b""
+    def read_code(self, address: int, size: int, *, watch: bool = False) -> bytes:
+        """Code at a linear address, as much as is there.
+
+        Args:
+            address: linear address.
+            size: how much is wanted, in bytes.
+            watch: watch it for changes by the host from now on.
+        """
+        memory, code = self._vm.memory, b""
         while len(code) < size:
             at = address + len(code)
             length = min(size - len(code), PAGE - at % PAGE)
             try:
-                gpa = paging.translate(self._live, self._vm.memory, at, touch=False).gpa
-                code += self._vm.memory.read(gpa, length)
-                self._keep(gpa & -PAGE)
+                gpa = paging.translate(self._live, memory, at, touch=False).gpa
+                piece = memory.read(gpa, length)
             except (paging.PageFault, NoMemory):
                 break
+            slot = memory.find(gpa) if watch else None
+            if slot is not None:
+                self._code.add(slot, gpa, piece)
+            code += piece
         return code
-
-    def _keep(self, page: int) -> None:
-        slot = self._vm.memory.find(page)
-        if page not in self._pages and slot is not None:
-            view = slot.memory[page - slot.gpa : page - slot.gpa + PAGE]
-            self._pages[page] = (view, bytes(view))
 
     def _site_now(self, address: int) -> Site | None:
         """What is at an address at this moment."""
@@ -489,11 +493,9 @@ class Watch:
     def forget_code(self) -> None:
         """Forget all translations and what was watched for their sake."""
         self._unicorn.flush_code()
-        self._pages.clear()
+        self._code.clear()
 
     def check_code(self) -> None:
         """Forget translations of code that user space has changed since it was translated."""
-        for view, copy in self._pages.values():
-            if bytes(view) != copy:
-                self.forget_code()
-                return
+        if self._code.changed():
+            self.forget_code()
