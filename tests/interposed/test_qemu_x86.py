@@ -180,3 +180,27 @@ def test_limit_of_the_cgroup_makes_the_guest_wait(tenant):
     assert tenant.run("storm64", "LOCKS=150", ratelimit=0)[1] == 150
     assert time.monotonic() - start > 2  # 50 at once, then one every 20 ms
     assert tenant.counts()["nr_throttled"] >= 90
+
+
+def expected_branches():
+    at = guests.symbols("lbr64", "ROUNDS=8", "SHOWN=5")
+    routine = [
+        (at["the_return"], at["returned"]),
+        (at["the_indirect"], at["landed"]),
+        (at["the_jump"], at["over"]),
+        (at["the_call"], at["routine"]),
+        (at["the_jcc"], at["the_call"]),
+    ]
+    return "".join(f"{source:04x} -> {target:04x}\n" for source, target in routine)
+
+
+#: QEMU asks the real processor for family and model; KVM gives records to its own model only.
+LBR_CPU = "pc -cpu host,model=106,lbr-fmt=0x5"
+
+
+@pytest.mark.parametrize("tenant", ["lab-intel"], indirect=True)
+def test_guest_of_qemu_reads_its_last_branches_unless_the_host_takes_them(tenant):
+    assert tenant.run("lbr64", "ROUNDS=8", "SHOWN=5", machine=LBR_CPU)[0] == expected_branches()
+    assert tenant.shell.kvmsim("lbr", "take").returncode == 0
+    taken = tenant.run("lbr64", "ROUNDS=8", "SHOWN=5", machine=LBR_CPU)[0]
+    assert taken == "0000 -> 0000\n" * 5
