@@ -177,10 +177,30 @@ def _at_site(vm: X86Vm, cpu: Cpu) -> Stop | None:
         if site.found.opcode == IRET and cpu.nmi_masked:
             cpu.nmi_masked = False
             return InKernel()  # another one may wait in KVM
-        return None
+        return _pass_shadow(vm, cpu)
     else:
         return _execute_site(vm, cpu, site)
     return None
+
+
+def _pass_shadow(vm: X86Vm, cpu: Cpu) -> Stop | None:
+    """Execute the one instruction behind STI, so that an interrupt is looked at right after it.
+
+    Guests keep interrupts on for two instructions at a time: STI, RET and soon CLI. One at which
+    the guest stops anyway is left alone.
+    """
+    registers = cpu.registers
+    waits = cpu.interrupt is not None or cpu.wants_window
+    if not waits or not registers.shadow or not registers.flags & r.FLAG_IF:
+        return None
+    if cpu.steps or cpu.stepped or cpu.traps:
+        return None
+    code = vm.watch.read_code(registers.linear_rip, decode.MAX_LENGTH)
+    found = decode.decode(code, 0, registers.mode)
+    if found is None or sites.kind_of(found) is not None:
+        return None
+    why = stepping.single(vm, cpu)
+    return None if why is Why.NOTHING else handle(vm, cpu, why)
 
 
 def _execute_site(vm: X86Vm, cpu: Cpu, site: Site) -> Stop | None:

@@ -297,6 +297,20 @@ def test_interrupt_that_waits_comes_when_the_task_priority_falls(board):
     assert one.word(COUNTER) == 1
 
 
+@pytest.mark.parametrize("window", ["fb 90 fa", "e8 02 00 00 00 eb 02 fb c3 fa"])
+def test_guest_that_keeps_interrupts_on_for_two_instructions_takes_one(board, window):
+    # Self-IPI; then for ever: STI, one instruction, CLI.
+    one = long_guest(
+        board,
+        X2APIC_ON,
+        wrmsr(0x83F, 0x40),
+        window + f"eb {256 - 2 - len(bytes.fromhex(window)):02x}",
+    )
+    one.engine.slice_bytes = 24_000
+    one.run(MS // 50)
+    assert one.word(COUNTER) == 1
+
+
 def test_vectors_come_by_priority(board):
     # Self-IPIs 0x41, 0x72, 0x55 with interrupts off; the handlers note their order.
     order = {0x41: HANDLER, 0x55: HANDLER + 0x80, 0x72: HANDLER + 0x100}
