@@ -177,6 +177,12 @@ class Cpu:
             return False
         return bool(registers.flags & r.FLAG_IF) and not registers.shadow and not self.events
 
+    @property
+    def is_held_by_shadow(self) -> bool:
+        """Whether an external interrupt would be taken but for STI or MOV SS just before."""
+        registers = self.registers
+        return registers.shadow and bool(registers.flags & r.FLAG_IF)
+
     # -- completion ----------------------------------------------------------------------------
 
     @property

@@ -364,6 +364,8 @@ class X86Vm:
         if cpu.wants_window and cpu.interruptible:
             cpu.wants_window = False
             return IrqWindow()
+        if (cpu.interrupt is not None or cpu.wants_window) and cpu.is_held_by_shadow:
+            cpu.creeps = max(cpu.creeps, 1)
         return None
 
     def _asks_kvm(self, cpu: Cpu) -> bool:

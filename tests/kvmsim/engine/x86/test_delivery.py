@@ -334,3 +334,23 @@ def test_an_event_that_goes_where_no_memory_is_is_an_internal_error(guest, where
     stop = guest.run()
     assert isinstance(stop, InternalError)
     assert (stop.suberror, guest.r.rip) == (3, CODE)
+
+
+@pytest.mark.parametrize(
+    ("code", "returns_to"),
+    [
+        (("fb", "90", "eb fe"), CODE + 2),  # sti; nop; jmp to itself
+        (("fb", "e6 80", "eb fe"), CODE + 3),  # sti; out 0x80, al
+        (("fb", "fb", "90", "eb fe"), CODE + 2),  # only the first STI holds it off
+    ],
+)
+def test_an_interrupt_is_taken_one_instruction_behind_sti(guest, code, returns_to):
+    guest.long(*code).gate(0x30, HANDLER)
+    guest.put(HANDLER, HLT)
+    guest.cpu.interrupt = 0x30
+    stop = guest.run()
+    while isinstance(stop, Io):
+        guest.cpu.complete()
+        stop = guest.run()
+    assert isinstance(stop, Hlt)
+    assert guest.word(guest.q[r.RSP], 8) == returns_to

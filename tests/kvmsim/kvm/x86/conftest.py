@@ -116,9 +116,11 @@ class Guest:
 def start(kvm):
     made = []
 
-    def begin(preset, *code, **options):
-        system = kvm(preset)
-        made.append(Guest(system.create_vm(0, LocalClient(PID)), *code, **options))
+    def begin(preset, *code, irqchip=False, **options):
+        vm = kvm(preset).create_vm(0, LocalClient(PID))
+        if irqchip:
+            vm.create_irqchip()
+        made.append(Guest(vm, *code, **options))
         return made[-1]
 
     yield begin

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvmsim.abi import ioctls
 from kvmsim.abi.exits import Exit
+from kvmsim.abi.irq import KVM_MSI
 from kvmsim.abi.structs import KVM_MSR_ENTRY, KVM_MSRS
 from kvmsim.errors import KvmError
 from kvmsim.kvm import msrs
@@ -173,18 +174,17 @@ def complete(guest):
         guest.vcpu.run.immediate_exit = 0
 
 
-def moved(guest, fresh):
+def moved(guest, fresh, *more):
     """The same guest in another VM."""
-    guest.ram, memory = guest.ram, bytes(guest.ram)
-    fresh.ram[:] = memory
+    fresh.ram[:] = bytes(guest.ram)
     saved = []
-    for getter, _setter, size_bytes in STATE:
+    for getter, _setter, size_bytes in (*STATE, *more):
         saved.append(bytearray(size_bytes))
         guest.vcpu.ioctl(getter, saved[-1])
     table, count = msr_table(guest)
     assert guest.vcpu.ioctl(ioctls.KVM_GET_MSRS, table) == count
     fresh.offer_everything()
-    for data, (_getter, setter, _size) in zip(saved, STATE, strict=True):
+    for data, (_getter, setter, _size) in zip(saved, (*STATE, *more), strict=True):
         fresh.vcpu.ioctl(setter, data)
         if setter == ioctls.KVM_SET_SREGS:
             assert fresh.vcpu.ioctl(ioctls.KVM_SET_MSRS, table) == count
@@ -214,7 +214,7 @@ def answer(guest, number):
     elif page.exit_reason == Exit.MMIO and not page.mmio[2]:
         page.answer_mmio((number * 3).to_bytes(8, "little"))
     # Some arrive while the guest does not take interrupts.
-    if number % 5 == 4 and not guest.vcpu.run.memory[13]:
+    if number % 5 == 4 and not guest.vm.irqchip and not guest.vcpu.run.if_flag:
         guest.vcpu.ioctl(ioctls.KVM_INTERRUPT, bytearray(IRQ.to_bytes(4, "little")))
 
 
@@ -269,3 +269,71 @@ def test_guest_moved_at_every_exit_goes_on_as_if_it_had_not(make, step):
 @given(moves=st.sets(st.integers(0, 90), min_size=1, max_size=8))
 def test_guest_moved_at_some_exits_goes_on_as_if_it_had_not(make, moves):
     assert difference(play(make, moves), play(make, ())) is None
+
+
+# -- with interrupt controllers in the kernel ------------------------------------------------------
+
+APIC = 0xFEE00000
+APIC_MAIN = (
+    "c7 04 25 f0 00 10 00 ff 01 00 00",  # mov dword [0x1000f0],0x1ff: enable the APIC
+    "e6 10",  # out 0x10,al
+    "fb",  # sti
+    "90",  # nop
+    "e6 11",  # out 0x11,al
+    "fa",  # cli
+    "8b 04 25 a0 00 10 00",  # mov eax,[0x1000a0]: the priority
+    "49 01 c0",  # add r8,rax
+    "e5 12",  # in eax,0x12
+    "ff cb",  # dec ebx
+    "75 e9",  # jne back to the first out
+    "e6 fe",  # out 0xfe,al
+)
+APIC_HANDLER = (
+    "48 ff c5",  # inc rbp
+    "e6 13",  # out 0x13,al
+    "c7 04 25 b0 00 10 00 00 00 00 00",  # mov dword [0x1000b0],0: end of interrupt
+    "48 cf",  # iretq
+)
+LAPIC = (ioctls.KVM_GET_LAPIC, ioctls.KVM_SET_LAPIC, 1024)
+
+
+def signal(guest, vector):
+    data = KVM_MSI.pack(address_lo=APIC, data=vector)
+    guest.vm.ioctl(ioctls.KVM_SIGNAL_MSI, data)
+
+
+def play_apic(make, moves):
+    """Run to the end: messages arrive at exits, some while others are handled."""
+    guest = make()
+    trace = []
+    while not trace or trace[-1][2][0][2] != 0xFE:
+        assert guest.run() == Exit.IO
+        number = len(trace)
+        trace.append(seen(guest))
+        answer(guest, number)
+        if number % 3 == 1:
+            signal(guest, IRQ + 0x10 * (number % 2))
+        if number in moves:
+            assert complete(guest)
+            guest = moved(guest, make(), LAPIC)
+        assert len(trace) < 1000
+    return trace, bytes(guest.ram)
+
+
+@pytest.fixture
+def make_apic(start):
+    def begin():
+        guest = start(INTEL, *APIC_MAIN, irqchip=True).offer_everything()
+        guest.gate(IRQ, *APIC_HANDLER, at=0x2200).gate(IRQ + 0x10, *APIC_HANDLER, at=0x2200)
+        guest.word(TABLES + 0x100 * 8, APIC | 0x1F)
+        guest.set_regs(rbx=20)
+        return guest
+
+    return begin
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_guest_with_an_apic_in_the_kernel_is_moved_with_its_interrupts(make_apic, step):
+    stayed = play_apic(make_apic, ())
+    assert difference(play_apic(make_apic, range(0, 1000, step)), stayed) is None
+    assert stayed[0][-1][9] > 5  # interrupts were handled
