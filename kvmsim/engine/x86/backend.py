@@ -189,6 +189,8 @@ class Unicorn:
             self.q.release()
             self.d.release()
             self._lib.uc_close(self._uc)
+            if self.native is not None:
+                self.native.forget()
             self._uc = ctypes.c_void_p()
 
     # -- execution ---------------------------------------------------------------------------
@@ -287,6 +289,8 @@ class Unicorn:
     def hook_code_at(self, callback: int, address: int) -> None:
         """Call a function of machine code before the instruction at a linear address."""
         self._hook(HOOK_CODE, ctypes.c_void_p(callback), address, address)
+        if self.native is not None:
+            self.native.found_at(address, callback)
 
     def callback(self, function: Callable[[], None]) -> int:
         """Make a function of machine code that calls one of Python; its address."""

@@ -26,11 +26,13 @@ too; ``abort`` is as before for them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from functools import cache
 from typing import TYPE_CHECKING
 
 from kvmsim.engine.x86 import address_bits, machine_code
+from kvmsim.engine.x86.dispatch import Dispatch
 from kvmsim.engine.x86.library import Library
 from kvmsim.engine.x86.machine_code import Code, u64
 
@@ -94,6 +96,9 @@ class Process:
         self._get = ctypes.cast(libc.pthread_getspecific, ctypes.c_void_p).value or 0
         abort = ctypes.cast(libc.abort, ctypes.c_void_p).value or 0
         library.slot("abort").value = code.place(self._abort_stub(abort))
+        self.dispatch: Dispatch | None = None
+        with contextlib.suppress(LookupError, OSError):
+            self.dispatch = Dispatch(library, code)
 
     def _abort_stub(self, abort: int) -> bytes:
         """Leave translation or execution; without a guest in this thread, abort."""
@@ -294,6 +299,16 @@ class Native:
     def rearm(self) -> None:
         """Forget kicks."""
         self._words[KICKED] = 0
+
+    def found_at(self, address: int, callback: int) -> None:
+        """The instance has a code callback at an address."""
+        if self._owner.dispatch is not None:
+            self._owner.dispatch.add(self.handle, address, callback)
+
+    def forget(self) -> None:
+        """The instance is gone."""
+        if self._owner.dispatch is not None:
+            self._owner.dispatch.forget(self.handle)
 
     def aborted(self) -> bool:
         """Whether the emulator gave up since this was asked last."""
