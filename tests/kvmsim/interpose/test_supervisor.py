@@ -304,3 +304,43 @@ async def test_end_of_the_clients_releases_what_they_left(autojump_clock, irqchi
         vcpu = client.vcpu(irqchip=irqchip)
         client.begin(vcpu, KVM_RUN)
     os.close(vcpu)
+
+
+class Breaks:
+    """An engine that goes wrong the second time it is asked."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def next_stop(self, vcpu):
+        self.asked += 1
+        if self.asked == 2:
+            raise ZeroDivisionError
+        return InKernel(after_ns=1_000_000)
+
+
+async def test_engine_that_goes_wrong_ends_its_vm_and_no_caller_hangs(
+    autojump_clock, monkeypatch, caplog
+):
+    async with serving() as client:
+        monkeypatch.setattr(client.supervisor, "_engine", lambda _: Breaks())
+        vcpu = client.vcpu()
+        run = client.begin(vcpu, KVM_RUN)
+        late = client.begin(vcpu, KVM_GET_MP_STATE)
+        await trio.sleep(0.01)
+        assert (client.answer(run), client.answer(late)) == (-EIO, -EIO)
+        assert client.call(vcpu, KVM_RUN) == -EIO
+        os.close(vcpu)
+    assert "vCPU 0 cannot go on" in caplog.text
+
+
+async def test_engine_that_goes_wrong_at_once_fails_the_call(autojump_clock, monkeypatch, caplog):
+    broken = Breaks()
+    broken.asked = 1
+    async with serving() as client:
+        monkeypatch.setattr(client.supervisor, "_engine", lambda _: broken)
+        vcpu = client.vcpu()
+        assert client.call(vcpu, KVM_RUN) == -EIO
+        assert client.call(vcpu, KVM_RUN) == -EIO
+        os.close(vcpu)
+    assert "ZeroDivisionError" in caplog.text
