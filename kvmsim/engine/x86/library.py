@@ -8,19 +8,22 @@ is called instead, by everyone in the library.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import struct
 from pathlib import Path
 from typing import NamedTuple
 
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL_BYTES, _RELOCATION = 24, struct.Struct("<QQq")
-_SHT_DYNSYM, _SHT_RELA = 11, 4
+_SHT_DYNSYM, _SHT_RELA, _SHF_ALLOC = 11, 4, 2
 _R_X86_64_JUMP_SLOT = 7
 _ELF_64 = b"\x7fELF\x02\x01"
 
 
 class _Section(NamedTuple):
     kind: int
+    flags: int
+    address: int
     offset: int
     size: int
     link: int
@@ -38,13 +41,15 @@ class Library:
     """
 
     def __init__(self, cdll: ctypes.CDLL, known: str) -> None:
-        self._file = Path(cdll._name).read_bytes()  # noqa: SLF001 - CDLL's own name of its file
-        if not self._file.startswith(_ELF_64):
+        with Path(cdll._name).open("rb") as file:  # noqa: SLF001 - CDLL's own name of its file
+            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if self._file[: len(_ELF_64)] != _ELF_64:
             raise LookupError(known)
         self._sections = list(self._read_sections())
         self._symbols = next(s for s in self._sections if s.kind == _SHT_DYNSYM)
         here = ctypes.cast(getattr(cdll, known), ctypes.c_void_p).value or 0
         self._base = here - self._value(self._index(known))
+        self._bytes = max(s.address + s.size for s in self._sections if s.flags & _SHF_ALLOC)
         self._slots: dict[int, int] = {}
 
     def symbol(self, name: str) -> int:
@@ -64,14 +69,14 @@ class Library:
 
     def holds(self, address: int) -> bool:
         """Whether an address is within the library."""
-        return self._base <= address < self._base + len(self._file)
+        return self._base <= address < self._base + self._bytes
 
     def _read_sections(self) -> list[_Section]:
         at, entry_bytes, count = struct.unpack_from("<Q", self._file, 0x28) + struct.unpack_from(
             "<HH", self._file, 0x3A
         )
         rows = (_SECTION.unpack_from(self._file, at + n * entry_bytes) for n in range(count))
-        return [_Section(row[1], row[4], row[5], row[6]) for row in rows]
+        return [_Section(*row[1:7]) for row in rows]
 
     def _index(self, name: str) -> int:
         """Number of a symbol. Its name may be the end of a longer one."""
