@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import guests
 import worlds
@@ -22,9 +23,13 @@ from kvmsim.host.machine import Machine
 from kvmsim.host.presets import load
 from kvmsim.kvm import cpuid
 from kvmsim.kvm.client import LocalClient
+from kvmsim.kvm.run import InGuest
 from kvmsim.kvm.system import System
 from kvmsim.kvm.vm import KvmEnableCap
 from kvmsim.kvm.x86.guest import attach
+
+if TYPE_CHECKING:
+    from kvmsim.host.accounting import Accounting
 
 HERE = Path(__file__).parent
 #: Number of a loop in loops64.S, its name, instructions of a round, rounds.
@@ -157,7 +162,7 @@ class _Unlimited:
 
 
 def _exits_per_second(preset: str, nr_exits: int) -> float:
-    system = System(Machine(load(preset), None, _Unlimited()))
+    system = System(Machine(load(preset), None, cast("Accounting", _Unlimited())))
     vm = system.create_vm(0, LocalClient(1))
     vm.enable_cap(KvmEnableCap(cap=193, args=(2, 0, 0, 0)))
     vcpu = vm.create_vcpu(0)
@@ -175,6 +180,7 @@ def _exits_per_second(preset: str, nr_exits: int) -> float:
             start = time.process_time()  # nothing in here waits
         blocked = vcpu.kvm_run(now_ns)
         while blocked is not None:
+            assert isinstance(blocked, InGuest)
             now_ns += blocked.guest_ns
             blocked = vcpu.resume(now_ns)
         if vcpu.run.exit_reason != Exit.X86_BUS_LOCK:

@@ -28,7 +28,7 @@ def main() -> None:
     """Boots the ROM to its first letter and times the way to the second."""
     engine, path = sys.argv[1:]
     if engine == "plain":
-        native.machine_code.new = lambda: None  # the library stays as it is
+        vars(native)["process"] = lambda _path: None  # the library stays as it is
     slots = _memory(Path(path).read_bytes())
     vm = X86Vm(slots, PlainPolicy(), paced=engine == "counted", slice_bytes=1 << 60)
     cpu = vm.add_cpu()
