@@ -14,7 +14,6 @@ HERE = Path(__file__).parent
 RF = 1 << 16
 PF, AC = 14, 17
 SEGMENTS = ("ES", "CS", "SS", "DS", "FS", "GS")
-STACKS = frozenset({0x6000, 0x7000})
 LEVELS = frozenset(range(TABLES, TABLES + 4 * PAGE, PAGE))
 
 
@@ -129,7 +128,7 @@ def _memory(ours, theirs, before, undefined):
         same = before[page : page + PAGE]
         one, other = ours.get(page, same), theirs.get(page, same)
         ignored = 0x60 if page in LEVELS else 0
-        stored = undefined if page in STACKS else 0
+        stored = undefined if page not in LEVELS else 0
         bytes_that_differ = [
             (hex(page + at), f"{one[at]:02x}", f"{other[at]:02x}")
             for at in range(PAGE)

@@ -16,6 +16,7 @@ SSE = frozenset(
     (*range(0x0F10, 0x0F18), *range(0x0F28, 0x0F30), *range(0x0F50, 0x0F80), 0x0FC2, 0x0FC6)
 ) | frozenset(range(0x0FD0, 0x1000))
 #: MOVUPS, MOVUPD, MOVDQU, LDDQU take any address, but for an alignment check.
+MOVBE = frozenset({0x0F38F0, 0x0F38F1})
 STRINGS = frozenset({0xA4, 0xA5, 0xA6, 0xA7, 0xAA, 0xAB, 0xAC, 0xAD, 0xAE, 0xAF})
 PORTS = frozenset({0x6C, 0x6D, 0x6E, 0x6F})
 STACK = frozenset(
@@ -77,7 +78,8 @@ def _outside_segment(seen):
 def _operand_outside(seen):
     found = seen.found
     if 0xA0 <= found.opcode <= 0xA3:
-        return not seen.may_access(d.DS, found.immediate, 4)
+        number = d.DS if found.segment == d.NONE else found.segment
+        return not seen.may_access(number, found.immediate, 4)
     if found.operand is None or found.opcode in {0x8D, 0x0F1F}:
         return False
     if found.opcode in d.BIT_STRINGS or found.opcode == 0x0FA3:
@@ -230,7 +232,9 @@ EXPLAINED = (
         "two mandatory prefixes",
         "Of 0x66, 0xF2 and 0xF3 before an SSE opcode the manuals say nothing.",
         lambda seen: (
-            seen.found.opcode in SSE and b"\x66" in seen.found.code and bool(seen.found.repeat)
+            seen.found.opcode in SSE | MOVBE
+            and b"\x66" in seen.found.code
+            and bool(seen.found.repeat)
         ),
     ),
     Explanation(
@@ -261,14 +265,24 @@ EXPLAINED = (
         lambda seen: seen.found.opcode == 0x0F01 and seen.found.modrm & 0x38 in {0x10, 0x18},
     ),
     Explanation(
-        "BT group without a meaning",
-        "0F BA /0 to /3 are #UD before their operand is read; Unicorn reads first.",
-        lambda seen: seen.found.opcode == 0x0FBA and seen.found.modrm & 0x38 < 0x20,
+        "groups without a meaning",
+        "0F BA /0 to /3, FE /2 to /7 and FF /7 are #UD before their operand is read; Unicorn reads"
+        " first.",
+        lambda seen: (
+            (seen.found.opcode == 0x0FBA and seen.found.modrm & 0x38 < 0x20)
+            or (seen.found.opcode == 0xFE and seen.found.modrm & 0x38 > 8)
+            or (seen.found.opcode == 0xFF and seen.found.modrm & 0x38 == 0x38)
+        ),
     ),
     Explanation(
         "LEAVE of 16 bits in 64-bit code",
         "Bochs has none.",
         lambda seen: seen.found.opcode == 0xC9 and seen.mode == 64 and seen.found.bits == 16,
+    ),
+    Explanation(
+        "page tables where no memory is",
+        "As KVM says, they map nothing; the second engine stops at them.",
+        lambda seen: seen.found.opcode == 0x0F22 and seen.found.reg == 3,
     ),
     Explanation(
         "prefetch of a register",
@@ -288,8 +302,7 @@ EXPLAINED = (
 )
 
 
-#: Unicorn executes instructions with a VEX prefix as those without. There is no AVX here, a guest
-#: that asks CPUID does not use it, and to look at every block for it is not free.
+#: All of them are #UD here, and CPUID shows none; Bochs has BMI1, BMI2 and more.
 VEX = "VEX"
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvmsim.engine.x86 import breakpoints, decode, exits
 from kvmsim.engine.x86 import registers as r
+from kvmsim.engine.x86.backend import ACCESS_FETCHES
 from kvmsim.engine.x86.delivery import AC, DB, Event
 from kvmsim.engine.x86.stepping import EXCEPTION_IS_INT, LOADS_FLAGS
 from kvmsim.engine.x86.watch import Why
@@ -49,7 +50,7 @@ def step(vm: X86Vm, cpu: Cpu) -> Stop | None:
     opcode = 0 if found is None else found.opcode
     before = bytes(registers.env)
     why = _execute(vm, cpu, opcode)
-    if vm.accesses.misaligned:
+    if vm.accesses.misaligned or (aligned and why is Why.ACCESS and _is_misaligned(vm)):
         registers.env[:] = before
         vm.accesses.undo()
         watch.take(cpu)
@@ -68,6 +69,13 @@ def step(vm: X86Vm, cpu: Cpu) -> Stop | None:
     stop = exits.handle(vm, cpu, why)
     cpu.cautious = False
     return stop
+
+
+def _is_misaligned(vm: X86Vm) -> bool:
+    """Whether the access to no memory that stopped the emulator was not aligned."""
+    assert vm.watch.access is not None
+    kind, gpa, size, _value = vm.watch.access
+    return kind not in ACCESS_FETCHES and bool(gpa & (size - 1))
 
 
 def before_flags(env: bytes) -> int:

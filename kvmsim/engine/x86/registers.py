@@ -281,7 +281,7 @@ class Registers:
         hidden = self.d[_HFLAGS // 4] & _HF_COPIED & U32
         hidden |= ss_rights >> 13 & 3
         hidden |= (cr0 & 1) << 7 | (cr0 >> 1 & 7) << 9
-        hidden |= eflags & (FLAG_TF | FLAG_VM | 3 << FLAG_IOPL_SHIFT)
+        # TF, VM and IOPL of RFLAGS are looked at besides, and instructions change them there only.
         hidden |= (self.cr4 >> 9 & 1) << 22 | (efer >> 10 & 1) << 14
         if efer & 1 << 10 and cs_rights & RIGHTS_L:
             hidden |= 1 << 4 | 1 << 5 | 1 << 15

@@ -332,3 +332,14 @@ def test_a_guest_that_executes_nothing_inline_gets_to_a_watched_access(make_gues
     assert isinstance(stop, Debug)
     assert guest.r.rip == CODE + 4
     assert turns == rounds // 50
+
+
+def test_a_popf_that_ends_alignment_checks_ends_the_steps_unseen(guest):
+    handled(guest.long("9d", NOP, "cd 80", ring=3)).gate(0x80, 0x2100, dpl=3)
+    guest.put(0x2100, HLT)
+    guest.q[r.RSP] -= 8
+    guest.set_word(guest.q[r.RSP], 2)
+    guest.r.cr0 |= 1 << 18
+    guest.r.flags |= r.FLAG_AC
+    assert isinstance(guest.run(), Hlt)
+    assert (guest.r.rip, guest.q[r.RBX]) == (0x2101, 0)

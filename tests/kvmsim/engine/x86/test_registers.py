@@ -29,3 +29,15 @@ def test_an_instruction_the_engine_executes_ends_the_resume_flag(guest):
     guest.r.flags = 2 | r.FLAG_RF
     assert isinstance(guest.run(), Hlt)
     assert not guest.r.flags & r.FLAG_RF
+
+
+def test_io_privilege_the_guest_gives_up_is_gone(guest):
+    # push 2; popf; then iretq to ring 3, which does cli
+    guest.long("6a 02 9d", "6a 23 68 00 60 00 00 6a 02 6a 1b 68 00 21 00 00 48 cf")
+    guest.put(0x2100, "fa", "cd 80")
+    guest.gate(13, 0x2000).gate(0x80, 0x2200, dpl=3)
+    guest.put(0x2000, HLT)
+    guest.put(0x2200, HLT)
+    guest.r.flags = 0x3002
+    assert isinstance(guest.run(), Hlt)
+    assert guest.r.rip == 0x2001
