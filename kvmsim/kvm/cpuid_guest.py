@@ -9,9 +9,11 @@ Linux 6.12 cpuid.c ``kvm_cpuid``, ``__kvm_update_cpuid_runtime``.
 from __future__ import annotations
 
 from errno import E2BIG
-from struct import Struct
+from struct import Struct, pack
 from typing import TYPE_CHECKING
 
+from kvmsim.abi import caps
+from kvmsim.abi import cpuid as abi_cpuid
 from kvmsim.abi import msrs as abi
 from kvmsim.abi.ioctls import KVM_GET_CPUID2
 from kvmsim.abi.regs import CR4_OSXSAVE
@@ -31,9 +33,10 @@ _ENTRY = Struct("<7I12x")
 _AMD = tuple(int.from_bytes(word, "little") for word in (b"Auth", b"cAMD", b"enti"))
 _OSXSAVE, _APIC, _MWAIT = 1 << 27, 1 << 9, 1 << 3
 _APIC_ENABLE = 1 << 11
-_MISC_ENABLE_MWAIT = 1 << 18
-_QUIRK_MISC_ENABLE_NO_MWAIT = 1 << 4
 _XSAVES, _XSAVEC = 1 << 3, 1 << 1
+_PV_UNHALT = 1 << 7
+#: Leaves that :func:`updated` changes.
+_FOLLOWS = frozenset({1, 0xD, abi_cpuid.KVM_CPUID_FEATURES})
 
 
 class Leaves:
@@ -113,9 +116,11 @@ def updated(vcpu: Vcpu, function: int, index: int, words: Words) -> Words:
         on = sregs.of(vcpu).get("cr4") & CR4_OSXSAVE
         c = c & ~_OSXSAVE | (_OSXSAVE if on else 0)
         if _mwait_follows(vcpu):
-            mwait = msr_rules.value_of(vcpu, abi.IA32_MISC_ENABLE) & _MISC_ENABLE_MWAIT
+            mwait = msr_rules.value_of(vcpu, abi.IA32_MISC_ENABLE) & abi.MISC_ENABLE_MWAIT
             c = c & ~_MWAIT | (_MWAIT if mwait else 0)
         d = d & ~_APIC | (_APIC if vcpu.apic_base & _APIC_ENABLE else 0)
+    elif function == abi_cpuid.KVM_CPUID_FEATURES and _halts_unseen(vcpu):
+        a &= ~_PV_UNHALT
     elif function == 0xD and index == 0:
         b = _area_bytes(fpu.of(vcpu).xcr0)
     elif function == 0xD and index == 1 and a & (_XSAVES | _XSAVEC):
@@ -123,8 +128,16 @@ def updated(vcpu: Vcpu, function: int, index: int, words: Words) -> Words:
     return a, b, c, d
 
 
+def _halts_unseen(vcpu: Vcpu) -> bool:
+    """Whether the guest halts without KVM, which then cannot end a halt for another vCPU."""
+    if not capabilities.of(vcpu.vm).disabled_exits & caps.KVM_X86_DISABLE_EXITS_HLT:
+        return False
+    shown = leaves(vcpu).find(abi_cpuid.KVM_CPUID_SIGNATURE)
+    return shown is not None and pack("<3I", *shown[1:]) == abi_cpuid.KVM_SIGNATURE
+
+
 def _mwait_follows(vcpu: Vcpu) -> bool:
-    return bool(capabilities.of(vcpu.vm).disabled_quirks & _QUIRK_MISC_ENABLE_NO_MWAIT)
+    return bool(capabilities.of(vcpu.vm).disabled_quirks & caps.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT)
 
 
 def _area_bytes(components: int) -> int:
@@ -137,7 +150,7 @@ def table_now(vcpu: Vcpu, table: bytes) -> bytes:
     out = bytearray(table)
     for at in range(0, len(table), _ENTRY.size):
         function, index, flags, a, b, c, d = _ENTRY.unpack_from(table, at)
-        if function in {1, 0xD}:
+        if function in _FOLLOWS:
             words = updated(vcpu, function, index, (a, b, c, d))
             _ENTRY.pack_into(out, at, function, index, flags, *words)
     return bytes(out)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from kvmsim.abi import caps
 from kvmsim.abi import cpuid as abi_cpuid
 from kvmsim.abi import msrs as abi
 from kvmsim.kvm import capabilities, cpuid, mce, msr_rules
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 #: Of IA32_MISC_ENABLE: branch trace and PEBS unavailable, read only; performance monitoring, kept.
 _MISC_ENABLE_FIXED = 1 << 11 | 1 << 12
 _MISC_ENABLE_EMON = 1 << 7
-_MISC_ENABLE_MWAIT = 1 << 18
-QUIRK_MISC_ENABLE_NO_MWAIT = 1 << 4
 
 
 def pv_has(vcpu: Vcpu, bit: int) -> bool:
@@ -69,9 +68,13 @@ def _ignore(vcpu: Vcpu, value: int) -> int:
 
 
 def _misc_enable(vcpu: Vcpu, value: int) -> int | None:
-    """Bits about performance monitoring stay as they are."""
+    """Bits about performance monitoring stay as they are; MWAIT goes with SSE3, the quirk off."""
     old = msr_rules.value_of(vcpu, abi.IA32_MISC_ENABLE)
-    if (old ^ value) & _MISC_ENABLE_FIXED:
+    quirk_off = capabilities.of(vcpu.vm).disabled_quirks & caps.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
+    fixed = _MISC_ENABLE_FIXED
+    if quirk_off and not cpuid.guest_register(vcpu, 1, "ecx") & 1:
+        fixed |= abi.MISC_ENABLE_MWAIT
+    if (old ^ value) & fixed:
         return None
     return value & ~_MISC_ENABLE_EMON | old & _MISC_ENABLE_EMON
 

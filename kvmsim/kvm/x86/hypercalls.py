@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvmsim.abi import caps
 from kvmsim.engine.base import Hypercall
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import UD, Fault
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from kvmsim.kvm.vcpu import Vcpu
 
 VMCALL, VMMCALL = 0xC1, 0xD9
-QUIRK_FIX_HYPERCALL = 1 << 5
 KVM_ENOSYS, KVM_EPERM, KVM_EOPNOTSUPP, KVM_EINVAL = -1000, -1, -95, -22
 
 VAPIC_POLL_IRQ, KICK_CPU, CLOCK_PAIRING, SEND_IPI, SCHED_YIELD, MAP_GPA_RANGE = (
@@ -42,7 +42,7 @@ def call(vcpu: Vcpu, cpu: Cpu, found: Instruction) -> Stop | None:
         return ghcb_msr.vmgexit(vcpu)
     native = VMCALL if vcpu.vm.machine.preset.vendor == "intel" else VMMCALL
     if found.modrm != native:
-        if capabilities.of(vcpu.vm).disabled_quirks & QUIRK_FIX_HYPERCALL:
+        if capabilities.of(vcpu.vm).disabled_quirks & caps.KVM_X86_QUIRK_FIX_HYPERCALL_INSN:
             raise Fault(UD)
         at = cpu.registers.linear_rip + found.length - 3
         cpu.linear.write(at, bytes([0x0F, 0x01, native]), user=cpu.registers.cpl == 3)

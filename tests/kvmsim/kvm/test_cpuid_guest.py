@@ -86,12 +86,21 @@ def test_apic_bit_follows_the_apic_base(vcpu):
 
 
 def test_mwait_follows_misc_enable_where_the_quirk_is_off(vcpu):
-    guest = vcpu(Entry(1, ecx=1 << 3))
+    guest = vcpu(Entry(1, ecx=1 << 3 | 1))
     assert cpuid_guest.read(guest, 1, 0)[2] >> 3 & 1
     guest.vm.enable_cap(KvmEnableCap(cap=213, args=(1 << 4, 0, 0, 0)))
     assert not cpuid_guest.read(guest, 1, 0)[2] >> 3 & 1
     assert msrs.guest_write(guest, abi.IA32_MISC_ENABLE, 1 << 18, 0)
     assert cpuid_guest.read(guest, 1, 0)[2] >> 3 & 1
+
+
+@pytest.mark.parametrize(("disabled", "shown"), [(0, True), (2, False)])
+def test_halts_are_ended_for_others_only_where_kvm_sees_them(kvm, disabled, shown):
+    vm = kvm(INTEL).create_vm(0, 1)
+    vm.enable_cap(KvmEnableCap(cap=143, args=(disabled, 0, 0, 0)))
+    guest = vm.create_vcpu(0)
+    cpuid.set_table(guest, b"".join(entry.pack() for entry in vm.system.supported_cpuid))
+    assert bool(cpuid_guest.read(guest, 0x40000001, 0)[0] & 1 << 7) == shown
 
 
 @pytest.mark.parametrize(("xcr0", "size_bytes"), [(1, 576), (3, 576), (7, 832)])
