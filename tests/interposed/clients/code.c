@@ -217,7 +217,7 @@ static void locks(int wanted, const char *kind)
 	vm = crosses ? MAKE(split) : MAKE(aligned);
 	if (!crosses) {
 		/* Nothing else ends it: a timer does. */
-		struct itimerval soon = {.it_value = {.tv_usec = 300000}};
+		struct itimerval soon = {.it_value = {.tv_usec = 500000}};
 
 		CHECK(setitimer(ITIMER_REAL, &soon, NULL) == 0);
 		FAILS(EINTR, ioctl(vm.vcpu[0], KVM_RUN, 0));
@@ -247,12 +247,13 @@ static void signalled(void)
 	struct itimerval soon = {.it_value = {.tv_usec = 20000}};
 	uint16_t before = 0;
 
-	for (int turn = 0; turn < 10; turn++) {
+	for (int turn = 0; turn < 10;) {
 		CHECK(setitimer(ITIMER_REAL, &soon, NULL) == 0);
 		FAILS(EINTR, ioctl(vm.vcpu[0], KVM_RUN, 0));
 		CHECK(vm.run[0]->exit_reason == KVM_EXIT_INTR);
 		CHECK(regs(&vm, 0).rip == BASE || regs(&vm, 0).rip == BASE + 5);
-		CHECK(*(uint16_t *)(vm.ram + 0x2000) != before);
+		/* On a busy machine the signal may come before the guest has begun. */
+		turn += *(uint16_t *)(vm.ram + 0x2000) != before;
 		before = *(uint16_t *)(vm.ram + 0x2000);
 	}
 }
