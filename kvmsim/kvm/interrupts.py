@@ -147,6 +147,8 @@ def awake(vcpu: Vcpu) -> bool:
         return True
     if vcpu.mp_state != KVM_MP_STATE_HALTED:
         return vcpu.mp_state == KVM_MP_STATE_RUNNABLE
+    if lapic.of(vcpu).unhalted:
+        return True
     state = events.of(vcpu)
     if state.exception.pending or (state.nmi_pending and not state.nmi_masked):
         return True
@@ -190,6 +192,7 @@ def entering(vcpu: Vcpu, now_ns: int) -> int | None:
     accept_signals(vcpu)
     if vcpu.mp_state == KVM_MP_STATE_HALTED and awake(vcpu):
         vcpu.mp_state = KVM_MP_STATE_RUNNABLE
+        lapic.of(vcpu).unhalted = False
     if vcpu.mp_state:
         return None
     apic = lapic.of(vcpu)

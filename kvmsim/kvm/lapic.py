@@ -124,11 +124,12 @@ class Lapic:
         external: vector a split irqchip's user space has queued; None: none.
         eoi_exit: vector whose end user space is to be told of (split irqchip); None: none.
         nr_lowest: lowest-priority interrupts taken, for fairness.
+        unhalted: another vCPU has ended its halt, or the next one (KVM_HC_KICK_CPU).
     """
 
     __slots__ = (
         *("base", "eoi_exit", "external", "irr", "isr", "nr_lowest", "regs", "timer", "tmr"),
-        *("tpr_reporting", "vapic_addr", "vcpu"),
+        *("tpr_reporting", "unhalted", "vapic_addr", "vcpu"),
     )
 
     def __init__(self, vcpu: Vcpu) -> None:
@@ -137,6 +138,7 @@ class Lapic:
         self.tpr_reporting = False
         self.external: int | None = None
         self.eoi_exit: int | None = None
+        self.unhalted = False
         self.timer = ApicTimer()
         # It may be an x2APIC already when somebody looks for the first time.
         self.base = vcpu.apic_base & ~X2APIC_ENABLE
@@ -337,6 +339,9 @@ class Lapic:
             signals.init, signals.sipi = True, None
         elif mode == STARTUP:
             signals_of(self.vcpu).sipi = message.vector
+        elif mode == REMOTE_READ:
+            # Linux 6.12 __apic_accept_irq: never a remote read, always a kick by hypercall.
+            self.unhalted = True
         else:
             return False
         self.vcpu.kick(now_ns)

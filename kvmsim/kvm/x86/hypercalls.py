@@ -12,7 +12,16 @@ from kvmsim.abi import caps
 from kvmsim.engine.base import Hypercall
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import UD, Fault
-from kvmsim.kvm import capabilities, ghcb_msr, msr_guest, protected
+from kvmsim.kvm import (
+    apic_messages,
+    capabilities,
+    ghcb_msr,
+    interrupts,
+    lapic,
+    msr_guest,
+    protected,
+)
+from kvmsim.kvm.lapic import Message
 
 if TYPE_CHECKING:
     from kvmsim.engine.base import Stop
@@ -70,6 +79,8 @@ def _carry_out(
         return 0
     if number == KICK_CPU:
         return _kick(vcpu, args[1])
+    if number == SEND_IPI:
+        return _send_ipi(vcpu, args, 64 if flags & LONG_MODE else 32)
     if number == MAP_GPA_RANGE and capabilities.of(vcpu.vm).hypercall_exits >> number & 1:
         return _map_gpa_range(args, flags)
     # The host's clock is not the time-stamp counter's.
@@ -86,8 +97,28 @@ def _map_gpa_range(args: tuple[int, int, int, int], flags: int) -> int | Hyperca
 
 
 def _kick(vcpu: Vcpu, apic_id: int) -> int:
-    """End the halt of another vCPU (a spinlock's owner wakes who waits)."""
-    target = vcpu.vm.vcpus.get(apic_id)
-    if target is not None:
-        target.wake(vcpu.since_ns)
+    """End the halt of another vCPU (a spinlock's owner wakes who waits), interrupts on or off."""
+    if vcpu.vm.irqchip:
+        message = Message(0, mode=lapic.REMOTE_READ, destination=apic_id & r.U32)
+        apic_messages.deliver(vcpu.vm, message, vcpu.since_ns, lapic.of(vcpu))
     return 0
+
+
+def _send_ipi(vcpu: Vcpu, args: tuple[int, int, int, int], width: int) -> int:
+    """An interrupt to up to 128 vCPUs: two bitmaps from an APIC id on; how many took it."""
+    low, high, first, command = args
+    if command & (1 << 11 | 3 << 18) or not vcpu.vm.irqchip:
+        return KVM_EINVAL
+    message = Message(
+        command & 0xFF,
+        mode=command & lapic.MODE_MASK,
+        level=bool(command & 1 << 15),
+        asserted=bool(command & 1 << 14),
+    )
+    taken = 0
+    for number in range(2 * width):
+        target = vcpu.vm.vcpus.get(first + number)
+        if (low | high << width) >> number & 1 and target is not None:
+            taken += lapic.of(target).accept(message, vcpu.since_ns)
+    interrupts.offer(vcpu, vcpu.since_ns)
+    return taken

@@ -397,3 +397,50 @@ def test_level_triggered_line_comes_again_until_it_falls(board):
     before = one.word(COUNTER)
     one.run(3 * MS)
     assert one.word(COUNTER) == before
+
+
+KICK_CPU, SEND_IPI = 5, 10
+
+
+def hypercall(number, *arguments):
+    """64-bit mode, Intel: EBX, ECX, EDX, ESI as given."""
+    loads = zip((0xB8, 0xBB, 0xB9, 0xBA, 0xBE), (number, *arguments), strict=False)
+    return (
+        "".join(f"{op:02x}" + value.to_bytes(4, "little").hex() for op, value in loads) + "0f01c1"
+    )
+
+
+def test_hypercall_ends_a_halt_with_interrupts_off(board):
+    one = board(2)
+    for vcpu in one.vcpus:
+        one.long(vcpu, CODE if vcpu.id == 0 else AP)
+        vcpu.set_mp_state(0)
+    wait = "b9 00 00 10 00 ff c9 75 fc"
+    one.put(CODE, wait, hypercall(KICK_CPU, 0, 1), HALT_FOR_EVER)
+    one.put(AP, CLI, HLT, DONE)
+    one.run(100 * MS)
+    assert one.done == [1]
+
+
+def test_kick_before_the_halt_is_not_lost(board):
+    one = board()
+    one.long(one.vcpus[0])
+    one.put(CODE, hypercall(KICK_CPU, 0, 0), HLT, DONE)
+    one.run(MS)
+    assert one.done == [0]
+
+
+def test_hypercall_sends_an_interrupt_to_many(board):
+    one = board(3)
+    for vcpu in one.vcpus:
+        one.long(vcpu, CODE if vcpu.id == 0 else AP)
+        vcpu.set_mp_state(0)
+    one.gate(0x40)
+    one.put(HANDLER, COUNT, EOI_X2APIC, IRETQ)
+    wait = "b9 00 00 80 00 ff c9 75 fc"
+    spin = "83 3c 25 00 07 00 00 02 75 f6"  # until both have counted
+    one.put(CODE, X2APIC_ON, wait, hypercall(SEND_IPI, 0b11, 0, 1, 0x40), "89 c5", spin, DONE)
+    one.put(AP, X2APIC_ON, STI, HALT_FOR_EVER)
+    one.run(200 * MS)
+    assert one.done == [0]
+    assert KVM_REGS.get(one.vcpus[0].get_regs(), "rbp") == 2
