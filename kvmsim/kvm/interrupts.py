@@ -10,7 +10,7 @@ Guests without code of their own take everything that waits at every entry, and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast
 
 from kvmsim.abi.caps import (
     KVM_MP_STATE_AP_RESET_HOLD,
@@ -35,7 +35,6 @@ APIC_BASE_BSP = 1 << 8
 VECTORS = 256
 
 
-@runtime_checkable
 class TakesInterrupts(Protocol):
     """An engine whose guests have code that handles interrupts."""
 
@@ -57,6 +56,12 @@ class TakesInterrupts(Protocol):
 def executes_code(vcpu: Vcpu) -> bool:
     """Whether the guest has code that handles what it is given."""
     return hasattr(vcpu.engine, "deliver_events")
+
+
+def _handler(vcpu: Vcpu) -> TakesInterrupts | None:
+    """The engine, if its guests handle interrupts; asking for the type takes microseconds."""
+    engine = vcpu.engine
+    return cast("TakesInterrupts", engine) if hasattr(engine, "set_interrupt") else None
 
 
 # -- what waits ------------------------------------------------------------------------------------
@@ -116,8 +121,8 @@ def _take(vcpu: Vcpu, now_ns: int) -> int | None:
 
 def offer(vcpu: Vcpu, now_ns: int) -> None:
     """Show the guest what waits; one without code takes it."""
-    engine = vcpu.engine
-    if isinstance(engine, TakesInterrupts):
+    engine = _handler(vcpu)
+    if engine is not None:
         threshold = lapic.of(vcpu).threshold() if vcpu.vm.irqchip else 0
         engine.set_interrupt(waiting(vcpu), threshold, lambda: acknowledge(vcpu, now_ns))
     elif not executes_code(vcpu):
@@ -230,5 +235,6 @@ def before_reset(vcpu: Vcpu, stop: Stop) -> None:
 def _reset(vcpu: Vcpu) -> None:
     vcpu.init()
     vcpu.wake_at_ns = None
-    if isinstance(vcpu.engine, TakesInterrupts):
-        vcpu.engine.forget()
+    engine = _handler(vcpu)
+    if engine is not None:
+        engine.forget()

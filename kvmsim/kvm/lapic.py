@@ -303,7 +303,9 @@ class Lapic:
 
     def threshold(self) -> int:
         """Task priorities below this one let something in that waits; 0: no priority does."""
-        vector = highest(self.irr) if self.irr else 0
+        if not self.irr:
+            return 0
+        vector = highest(self.irr)
         serving = highest(self.isr) if self.isr else 0
         return vector >> 4 if vector >> 4 > serving >> 4 else 0
 
