@@ -203,12 +203,17 @@ class VcpuRegisters:
         state.dr, state.dr6, state.dr7 = [read(number) for number in range(4)], read(6), read(7)
         self._dr, self._dr6, self._dr7 = list(state.dr), state.dr6, state.dr7
 
+    @property
+    def _executes(self) -> bool:
+        """Whether the engine goes on, here or in another thread: what is fetched stays its own."""
+        return self._running or self._vcpu.in_guest.work is not None
+
     def fetch_regs(self) -> bytes:
         """The bytes of ``kvm_regs``, as KVM has them from here on."""
         registers = self._cpu.registers
         q = registers.q
         regs = _REGS.pack(*(q[number] for number in _ORDER), registers.rip, registers.flags)
-        self.regs_ahead = self._running
+        self.regs_ahead = self._executes
         self._regs = regs
         return regs
 
@@ -216,7 +221,7 @@ class VcpuRegisters:
         """Segments and control registers."""
         state = state_of(self._vcpu, sregs.Sregs)
         special.store(state, self._cpu)
-        self.sregs_ahead = self._running
+        self.sregs_ahead = self._executes
         self._sregs = bytes(state.data)
 
     def fetch_fpu(self) -> None:
@@ -228,15 +233,15 @@ class VcpuRegisters:
             registers = self._cpu.registers
             fpu.put(state.area, x87_sse.legacy_area(registers), x87_sse.avx_area(registers))
         state.xcr0 = self._cpu.xcr0
-        self.fpu_ahead = self._running
+        self.fpu_ahead = self._executes
         self._area = bytes(state.area)
 
     def fetch_events(self) -> None:
         """What holds interrupts off, and exceptions the engine has not delivered yet."""
         state, cpu = self._events, self._cpu
         state.shadow = self._shadow()
-        self.events_ahead = self._running
-        if self._running:
+        self.events_ahead = self._executes
+        if self._executes:
             return
         for event in cpu.events:
             if event.external:

@@ -160,3 +160,17 @@ def test_init_keeps_floating_point_registers_and_forgets_the_others(start):
     assert (guest.regs("rax"), guest.regs("rip")) == (0, 0xFFF0)
     assert KVM_SREGS.get(sregs(guest), "cs.base") == 0xFFFF0000
     assert xsave(guest)[160:176] == b"\xff" * 16
+
+
+def test_look_at_a_guest_that_executes_elsewhere_changes_nothing(start):
+    guest = start(INTEL, "ff c3", "ff c3", HLT)  # inc ebx
+    guest.engine.inline_bytes = 0
+    blocked = guest.vcpu.kvm_run(0)
+    while blocked is not None:
+        if blocked.work is not None:
+            blocked.work.work()
+            guest.regs("rbx")
+            sregs(guest)
+        blocked = guest.vcpu.resume(0)
+    assert guest.vcpu.run.exit_reason == Exit.HLT
+    assert (guest.regs("rbx"), guest.regs("rip")) == (2, 0x1005)
