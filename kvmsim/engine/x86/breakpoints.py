@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from kvmsim.engine.base import Debug
 from kvmsim.engine.x86.delivery import DB, Event
-from kvmsim.engine.x86.paging import PageFault, translate
+from kvmsim.engine.x86.paging import PageFault, locate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -168,7 +168,7 @@ def places(cpu: Cpu) -> tuple[Place, ...]:
         if point.kind not in {WRITE, ACCESS}:
             continue
         try:
-            gpa = translate(cpu.registers, cpu.memory, point.address, touch=False).gpa
+            gpa = locate(cpu.registers, cpu.memory, point.address)
         except PageFault:
             continue
         found.append(Place(point.bit, gpa, point.size, point.kind == ACCESS))

@@ -124,6 +124,20 @@ def translate(
     return Translation(walk.gpa, walk.pat_index)
 
 
+def locate(registers: Registers, memory: Memory, linear: int) -> int:
+    """Where a linear address leads, whoever may go there: the guest-physical address.
+
+    For looks of the engine's own, which are no accesses of the guest's: with SMAP the system may
+    not read code of ring 3.
+
+    Raises:
+        PageFault: not mapped.
+    """
+    if not registers.cr0 & CR0_PG:
+        return linear & 0xFFFF_FFFF
+    return _entries(registers, memory, linear, 0).gpa
+
+
 @dataclass(slots=True)
 class _Walk:
     """Entries on the way: (address, value, size, whether it is the last)."""

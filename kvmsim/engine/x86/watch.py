@@ -464,7 +464,7 @@ class Watch:
             at = address + len(code)
             length = min(size - len(code), PAGE - at % PAGE)
             try:
-                gpa = paging.translate(self._live, memory, at, touch=False).gpa
+                gpa = paging.locate(self._live, memory, at)
                 piece = memory.read(gpa, length)
             except (paging.PageFault, NoMemory):
                 break

@@ -32,6 +32,16 @@ def test_trap_like_hardware_stops_behind_the_instruction(guest):
     assert guest.cpu.bus_locks == 1
 
 
+@pytest.mark.parametrize("fault_like", [False, True])
+def test_lock_of_ring_3_is_found_where_the_system_may_not_look_at_its_pages(make_guest, fault_like):
+    guest = make_guest(PlainPolicy(fault_like=fault_like)).long(INC, "0f 31", ring=3)  # rdtsc
+    guest.r.cr4 |= 1 << 21  # SMAP
+    guest.r.flags &= ~(1 << 18)
+    guest.q[r.RDI] = DATA + 62
+    stop = guest.run()
+    assert (type(stop), stop.cpl) == (BusLock, 3)
+
+
 def test_fault_like_hardware_stops_in_front_and_then_passes(make_guest):
     guest = make_guest(PlainPolicy(fault_like=True)).long(INC, HLT)
     guest.q[r.RDI] = DATA + 62

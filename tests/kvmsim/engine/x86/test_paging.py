@@ -10,6 +10,7 @@ from kvmsim.engine.x86.paging import (
     PageFault,
     Translation,
     is_write_back,
+    locate,
     translate,
 )
 
@@ -36,6 +37,17 @@ def test_a_mapped_page_is_found_and_marked(paged):
 def test_looking_leaves_no_marks(paged):
     walk(paged, 0x9123, write=True, touch=False)
     assert paged.word(TABLE + 9 * 8) & 0x60 == 0
+
+
+def test_a_look_of_the_engine_needs_no_rights(paged):
+    paged.r.cr4 |= 1 << 21  # SMAP
+    paged.map_page(0x9000, 0xA000, 5)
+    with pytest.raises(PageFault):
+        walk(paged, 0x9123)
+    assert locate(paged.r, paged.vm.memory, 0x9123) == 0xA123
+    paged.map_page(0x9000, 0xA000, 0)
+    with pytest.raises(PageFault):
+        locate(paged.r, paged.vm.memory, 0x9123)
 
 
 @pytest.mark.parametrize(
