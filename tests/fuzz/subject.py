@@ -38,6 +38,8 @@ class Subject:
         self.blank = bytes(self.cpu.registers.env)
 
     def run(self, case):
+        # Guests that were left spinning end here: memory is another from now on.
+        self.vm.withdraw(self.cpu)
         before = bytes(image(case))
         self.ram[:] = before
         self._load(case)

@@ -266,6 +266,8 @@ def _interrupted(vm: X86Vm, cpu: Cpu) -> Stop | None:
         here = vm.watch.read_code(registers.linear_rip, decode.MAX_LENGTH)
         found = decode.decode(here, 0, registers.mode)
         vector, code = faults.corrected(cpu, vector, code, found)
+        if found is not None:
+            vm.watch.flags_computed(registers, found)
     if vector == BP and length == 1 and cpu.debugger is not None and cpu.debugger.int3:
         registers.rip -= length
         return Debug(exception=BP, pc=registers.linear_rip)

@@ -31,6 +31,12 @@ _BOTH = frozenset(
     )
 )
 ARPL = 0x63
+SETCC = 0x0F9  # 0F 90 to 0F 9F
+_ROTATES = frozenset({0xC0, 0xC1, 0xD0, 0xD1, 0xD2, 0xD3})
+#: Conditions by their number without negation: O and P; BE, L and LE, but for comparisons.
+_ALWAYS_COMPUTED, _ELSE_COMPUTED = frozenset({0, 5}), frozenset({3, 6, 7})
+#: The emulator's cc_op of SUB and CMP of 1, 2, 4 and 8 bytes.
+_SUBTRACTIONS = range(14, 18)
 _BOTH_IN_GROUP = {
     **dict.fromkeys((0x80, 0x81, 0x82, 0x83), frozenset(range(7))),
     **dict.fromkeys((0xF6, 0xF7), frozenset({2, 3})),
@@ -67,6 +73,24 @@ def reads_and_writes(found: d.Instruction) -> bool:
     if group is not None:
         return (found.modrm >> 3 & 7) in group
     return found.opcode in _BOTH
+
+
+def computes_flags(found: d.Instruction, operation: int) -> bool:
+    """Whether the emulator computes lazy flags for an instruction before its memory access.
+
+    Args:
+        found: the instruction.
+        operation: what the flags were to be computed of (``cc_op``).
+    """
+    if found.operand is None:
+        return False
+    if found.opcode in _ROTATES:
+        return found.modrm & 0x30 == 0x10  # RCL, RCR
+    if found.opcode >> 4 != SETCC:
+        return False
+    condition = found.opcode >> 1 & 7
+    compared = operation in _SUBTRACTIONS
+    return condition in _ALWAYS_COMPUTED or (condition in _ELSE_COMPUTED and not compared)
 
 
 def _lost_its_stack(cpu: Cpu, found: d.Instruction) -> bool:

@@ -31,7 +31,7 @@ HFLAGS = _HFLAGS
 #: Where DR7 is, and the bits of it that enable breakpoints.
 DR7, DR7_ENABLED = 5456, 0xFF
 #: Where RIP is, and RFLAGS but for the status flags.
-RIP, EFLAGS, CC_SRC = _RIP, _EFLAGS, _CC_SRC
+RIP, EFLAGS, CC_SRC, CC_OP = _RIP, _EFLAGS, _CC_SRC, _CC_OP
 SEGMENTS = 184
 _SEGMENT_BYTES = 24
 _CR, _EFER, _XMM = 424, 592, 824

@@ -21,13 +21,14 @@ from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.x86 import breakpoints, control, paging, sites
+from kvmsim.engine.x86 import breakpoints, control, faults, paging, sites
 from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86.code_watch import CodeWatch
 from kvmsim.engine.x86.delivery import DB
 from kvmsim.engine.x86.lock_code import FAULT_LIKE, TRAP_LIKE, Expected, LockCode
 from kvmsim.engine.x86.memory import NoMemory
 from kvmsim.engine.x86.registers import (
+    CC_OP,
     CC_SRC,
     EFLAGS,
     FLAG_RF,
@@ -106,7 +107,7 @@ class Watch:
         if native is not None:
             address, pages = vm.unicorn.env_address, operands.calm_pages
             self._lock_code = LockCode(native, address, pages, self._expected)
-        self._source = 0
+        self._source = self._operation = 0
         self.site: Site | None = None
         self.vector = 0
         self.access: tuple[int, int, int, int] | None = None
@@ -380,6 +381,20 @@ class Watch:
         self._expected.met_rip = self._q[RIP // 8]
         self._expected.met_source = self._q[CC_SRC // 8]
 
+    def _note_flags(self) -> None:
+        """An instruction faults: note what its flags are to be computed of."""
+        self._source = self._q[CC_SRC // 8]
+        self._operation = self._live.d[CC_OP // 4]
+
+    def flags_computed(self, registers: Registers, found: d.Instruction) -> None:
+        """Put the flags right of an instruction that computes them before it accesses memory.
+
+        The emulator forgets at the fault that it did: RCL, RCR and some SETcc would go on with
+        wrong ones when they are tried again.
+        """
+        if faults.computes_flags(found, self._operation):
+            registers.flags = registers.flags & ~STATUS_FLAGS | self._source & STATUS_FLAGS
+
     def _settle_faulting_flags(self, registers: Registers) -> None:
         """Put the flags right of an instruction that has a callback and faulted.
 
@@ -391,17 +406,17 @@ class Watch:
             registers.flags = registers.flags & ~STATUS_FLAGS | self._source & STATUS_FLAGS
 
     def _on_interrupt(self, vector: int) -> None:
-        self._source = self._q[CC_SRC // 8]
+        self._note_flags()
         self.vector = vector
         self._stop(Why.INTERRUPT)
 
     def _on_invalid(self) -> None:
-        self._source = self._q[CC_SRC // 8]
+        self._note_flags()
         self._stop(Why.INVALID)
 
     def on_access(self, kind: int, gpa: int, size: int, value: int) -> None:
         """An access does not go through."""
-        self._source = self._q[CC_SRC // 8]
+        self._note_flags()
         self.access = (kind, gpa, size, value)
         self._why = Why.ACCESS
 

@@ -107,3 +107,30 @@ def test_flags_survive_the_fault_of_what_follows_a_bus_lock(guest):
             stop = guest.run()
         assert isinstance(stop, Hlt)
         assert guest.word(guest.q[r.RSP] + 24, 8) & 0x8D5 == 0x815
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "result"),
+    [
+        ("f9 04 00 f9", "c0 17 01", 0x03),  # stc; rcl byte [rdi], 1
+        ("3c 02", "c0 17 01", 0x03),  # cmp al, 2: CF
+        ("04 00", "c0 1f 01", 0x00),  # add al, 0: no CF; rcr
+        ("84 c0", "0f 9f 07", 0x01),  # test al, al; setg: al is 1
+        ("3c 02", "0f 9f 07", 0x00),  # cmp al, 2; setg
+        ("3c 02", "0f 96 07", 0x01),  # setbe
+        ("04 7f", "0f 90 07", 0x01),  # add al, 0x7f: overflow; seto
+        ("3c 02", "0f 9a 07", 0x01),  # cmp: 0xff has even parity; setp
+        ("84 c0", "0f 96 07", 0x00),  # test; setbe
+        ("3c 01", "0f 94 07", 0x01),  # sete
+    ],
+)
+def test_an_instruction_tried_again_after_its_page_fault_has_its_flags(guest, before, code, result):
+    guest.long(before, code, HLT).gate(14, HANDLER)
+    # The handler maps the page and returns: or byte [entry], 7; add rsp, 8; iretq
+    entry = 0x13000 + (HOLE >> 12) * 8
+    guest.put(HANDLER, "80 0c 25", entry.to_bytes(4, "little").hex(), "07", "48 83 c4 08 48 cf")
+    guest.map_page(HOLE, 0x9000, 0)
+    guest.q[r.RAX], guest.q[r.RDI] = 1, HOLE
+    guest.ram[0x9000] = 1 if code.startswith("c0 17") else 0
+    assert isinstance(guest.run(), Hlt)
+    assert guest.ram[0x9000] == result
