@@ -421,12 +421,13 @@ SENSITIVE_0F01 = frozenset({0xC1, 0xC8, 0xC9, 0xD0, 0xD1, 0xD9, 0xF9})
 #: Code without any of these bytes holds no instruction the engine must know (POPF, IRET and STI
 #: among them, and forms that do not exist).
 INTERESTING = re.compile(
-    rb"[\xf0\x86\x87\x6c-\x6f\xe4-\xe7\xec-\xef\xf1\xf4\x9d\xcf\xfb]|"
+    rb"[\xf0\x86\x87\x8e\x6c-\x6f\xe4-\xe7\xec-\xef\xf1\xf4\x9d\xcf\xfb]|"
     rb"\x0f[\x00\x01\x05\x07-\x09\x20-\x23\x30-\x34\xa2\xae]|"
     rb"[\x8f\xc6\xc7][\x08-\x3f\x48-\x7f\x88-\xbf\xc8-\xff]|"
     rb"\x0f\x38[\xf0\xf1][\xc0-\xff]|"
     rb"\xc5|\x62|\xc4[\x01-\x03\x21-\x23\x41-\x43\x61-\x63\x81-\x83\xa1-\xa3\xc1-\xc3\xe1-\xe3]"
 )
+LTR_GROUP, _LTR, _MOV_SEGMENT = 0x0F00, 3, 0x8E
 _CONTROL_REGISTERS = frozenset({0, 2, 3, 4, 8})
 
 
@@ -466,6 +467,13 @@ def shows_system_state(found: Instruction) -> bool:
     if found.opcode == 0x0F00:
         return reg in {0, 1}
     return found.opcode == 0x0F01 and (reg == SMSW or (reg in {0, 1} and found.operand is not None))
+
+
+def loads_descriptor(found: Instruction) -> bool:
+    """Whether it may set a bit in the descriptor it loads: MOV to a segment register, LTR."""
+    if found.opcode == LTR_GROUP:
+        return found.modrm >> 3 & 7 == _LTR
+    return found.opcode == _MOV_SEGMENT
 
 
 def locked_bytes(found: Instruction) -> int:

@@ -44,7 +44,9 @@ class Operands:
         self.calm_pages.clear()
         self._types.clear()
 
-    def classify(self, mtrrs: Mtrrs, at: int, size: int) -> tuple[bool, bool]:
+    def classify(
+        self, mtrrs: Mtrrs, at: int, size: int, *, user: bool | None = None
+    ) -> tuple[bool, bool]:
         """Whether a locked access splits on write-back memory, and whether it is a bus lock.
 
         Neither, when the page tables do not allow it or it is #GP: there is a fault first.
@@ -53,12 +55,13 @@ class Operands:
             mtrrs: those of the vCPU.
             at: linear address.
             size: of the operand, in bytes.
+            user: the access is one of ring 3; None: if the code is.
         """
         if size == 16 and at & 15:
             return False, False
         crosses = (at & 63) + size > sites.LINE
         types = self._types
-        user = self._live.cpl == 3
+        user = self._live.cpl == 3 if user is None else user
         first, last = (at >> 12) << 1 | user, (at + size - 1 >> 12) << 1 | user
         try:
             here = types[first] if first in types else self._type(mtrrs, first, at)

@@ -35,6 +35,7 @@ class Kind(Enum):
     WINDOW = auto()  # may let interrupts in
     MAPPING = auto()  # changes address translation
     SYSTEM_STATE = auto()  # shows it, unless CR4.UMIP forbids that
+    DESCRIPTOR = auto()  # may lock a descriptor
     NEXT = auto()  # nothing: a bus lock may just have been taken before it
 
 
@@ -89,8 +90,8 @@ def kind_of(found: d.Instruction) -> Kind | None:
     engines = d.is_sensitive(found) or xsave.is_one(found) or vex.is_move(found)
     if engines and not control:
         return Kind.SENSITIVE
-    if d.shows_system_state(found):
-        return Kind.SYSTEM_STATE
+    if d.shows_system_state(found) or d.loads_descriptor(found):
+        return Kind.SYSTEM_STATE if d.shows_system_state(found) else Kind.DESCRIPTOR
     if (control and found.opcode == 0x0F22) or _is_invlpg(found):
         return Kind.MAPPING
     return Kind.WINDOW if found.opcode in RESTORE_FLAGS else None

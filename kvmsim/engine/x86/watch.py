@@ -21,7 +21,7 @@ from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.x86 import breakpoints, control, faults, paging, sites
+from kvmsim.engine.x86 import breakpoints, control, descriptor_locks, faults, paging, sites
 from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86.code_watch import CodeWatch
 from kvmsim.engine.x86.delivery import DB
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 CR4_UMIP = 1 << 11
+LOCKS = (Kind.LOCK, Kind.DESCRIPTOR)
 ENGINES = (Kind.SENSITIVE, Kind.UNDEFINED)
 
 
@@ -312,8 +313,8 @@ class Watch:
             self._stop(Why.BREAKPOINT)
             return
         kind = site.kind
-        if kind is Kind.LOCK:
-            self._look_at_lock(site)
+        if kind in LOCKS:
+            self._look_at_operand(site)
         elif kind in ENGINES or self._refused(site) or self._window_asked(site):
             self.site = site
             self._stop(Why.SITE)
@@ -339,11 +340,21 @@ class Watch:
             return True
         return cpu.wants_window or cpu.interrupt is not None
 
-    def _look_at_lock(self, site: Site) -> None:
-        assert site.locate is not None
+    def _look_at_operand(self, site: Site) -> None:
+        if site.kind is Kind.LOCK:
+            assert site.locate is not None
+            self._look_at_lock(site, site.locate(self._q), site.size)
+            return
+        assert self._cpu is not None
+        assert site.found is not None
+        at = descriptor_locks.updated(self._cpu, site.found)
+        if at is not None:
+            self._look_at_lock(site, at, descriptor_locks.BYTES, user=False)
+
+    def _look_at_lock(self, site: Site, at: int, size: int, *, user: bool | None = None) -> None:
         cpu = self._cpu
         assert cpu is not None
-        split, locks = self._operands.classify(cpu.mtrrs, site.locate(self._q), site.size)
+        split, locks = self._operands.classify(cpu.mtrrs, at, size, user=user)
         if not locks:
             return
         if split and self._raises_ac(cpu):
@@ -438,6 +449,8 @@ class Watch:
             known = self._sites.get(at)
             if known is None or (known.kind is Kind.NEXT and at not in found):
                 continue
+            if known.kind is Kind.NEXT and self._lock_code is not None:
+                continue  # machine code there calls nobody; the real thing gets its own
             if known.kind is Kind.NEXT:
                 # Its hook stays; what it looks at is the real thing now.
                 other = found.pop(at)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvmsim.engine.base import BusLock, Hlt, InKernel, Mmio
+from kvmsim.engine.base import BusLock, Hlt, InKernel, Io, Mmio
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.policy import PlainPolicy
 
@@ -341,3 +341,16 @@ def test_an_aligned_loop_counts_nothing(guest):
     guest.q[r.RDI], guest.q[r.RAX], guest.q[r.RCX] = DATA + 56, 0, 100_000
     assert [stop for stop in stops_of(guest) if not isinstance(stop, InKernel)] == []
     assert guest.cpu.bus_locks == 0
+
+
+def test_instruction_behind_a_lock_at_the_end_of_a_block_is_still_the_engines(guest):
+    # The block ends with the page: what follows is translated when somebody waits there already.
+    at = 0x2000 - 3
+    guest.long(INC, "e6 80", HLT, at=at)
+    guest.q[r.RDI] = DATA + 62
+    for _ in range(2):
+        guest.r.rip = at
+        assert isinstance(guest.run(), BusLock)
+        assert isinstance(guest.run(), Io)
+        guest.cpu.complete()
+        assert isinstance(guest.run(), Hlt)
