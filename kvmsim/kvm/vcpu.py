@@ -21,7 +21,7 @@ from kvmsim.abi.structs import KVM_ENABLE_CAP as ENABLE_CAP_STRUCT
 from kvmsim.abi.structs import KVM_MP_STATE, KVM_REGS
 from kvmsim.engine.base import Parked
 from kvmsim.errors import KvmError
-from kvmsim.kvm import bus_lock, events, irqchip, lbr, pmu, protected, run, sregs
+from kvmsim.kvm import bus_lock, events, interrupts, irqchip, lbr, pmu, protected, run, sregs
 from kvmsim.kvm.dispatch import VcpuFile, handles
 from kvmsim.kvm.page import KvmRun
 
@@ -352,7 +352,9 @@ def set_regs(vcpu: Vcpu, call: Call) -> int:
 
 @handles(VcpuFile, KVM_GET_MP_STATE)
 def get_mp_state(vcpu: Vcpu, call: Call) -> int:
-    """Copy the multiprocessing state out."""
+    """Copy the multiprocessing state out; an INIT or SIPI that waits happens before that."""
+    if vcpu.vm.irqchip:
+        interrupts.accept_signals(vcpu)
     call.write(KVM_MP_STATE.pack(mp_state=vcpu.mp_state))
     return 0
 

@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, cast
 from kvmsim.engine.x86 import fpu as x87_sse
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import BP, DB, NMI, OF, Event
-from kvmsim.kvm import clock, debug, events, fpu, lbr, msr_rules, pvclock, sregs, steal_time
+from kvmsim.kvm import (
+    clock,
+    debug,
+    events,
+    fpu,
+    irqchip,
+    lbr,
+    msr_rules,
+    pvclock,
+    sregs,
+    steal_time,
+)
 from kvmsim.kvm.dispatch import state_of
 from kvmsim.kvm.page import U8_REQUEST_INTERRUPT_WINDOW
 from kvmsim.kvm.x86 import policy, special
@@ -53,6 +64,7 @@ class VcpuRegisters:
         *("_events", "_msrs", "_not_ready", "_page", "_pvclock", "_raw_fpu", "_regs", "_rip"),
         *("_running", "_sregs", "_stolen", "_vcpu"),
         *("events_ahead", "fpu_ahead", "regs_ahead", "sregs_ahead"),
+        "_windows",
     )
 
     _cpu: Cpu
@@ -70,6 +82,8 @@ class VcpuRegisters:
         self._running = False
         self._events = events.of(vcpu)
         self._msrs = state_of(vcpu, msr_rules.Msrs)
+        # Where the PICs are in the kernel, nobody else injects interrupts (x86.c 6.12).
+        self._windows = not irqchip.of(vcpu.vm).full
         self._pvclock, self._clock = pvclock.of(vcpu), clock.of(vcpu.vm)
         self._stolen = steal_time.of(vcpu)
         self._msrs.changed |= self._msrs.values.keys()
@@ -98,7 +112,7 @@ class VcpuRegisters:
         if self._stolen.due:
             steal_time.enter(vcpu, cpu.memory)
         cpu.cr8 = vcpu.cr8
-        cpu.wants_window = self._page[U8_REQUEST_INTERRUPT_WINDOW] != 0
+        cpu.wants_window = self._windows and self._page[U8_REQUEST_INTERRUPT_WINDOW] != 0
         state = vcpu.debug
         if state is not None:
             cpu.lbr = None if state.lbr is None else lbr.recording(vcpu)

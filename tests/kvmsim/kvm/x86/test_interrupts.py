@@ -444,3 +444,12 @@ def test_hypercall_sends_an_interrupt_to_many(board):
     one.run(200 * MS)
     assert one.done == [0]
     assert KVM_REGS.get(one.vcpus[0].get_regs(), "rbp") == 2
+
+
+def test_window_is_no_exit_where_the_pics_are_in_the_kernel(board):
+    one = board()
+    one.real(one.vcpus[0])
+    one.vcpus[0].run.request_interrupt_window = 1
+    one.put(CODE, STI, "90 90", DONE)
+    one.run(MS)
+    assert one.done == [0]
