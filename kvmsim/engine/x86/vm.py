@@ -308,7 +308,9 @@ class X86Vm:
         stop.cpl = cpu.registers.cpl
         stop.after_ns = cpu.guest_ns - cpu.stopped_ns if self.paced else 0
         cpu.stopped_ns = cpu.guest_ns
-        self._outside = self._outside or not isinstance(stop, InKernel)
+        # Where all is inline, a stop of KVM's own may become one for user space (a signal).
+        inside = isinstance(stop, InKernel) and self.inline_bytes is not None
+        self._outside = self._outside or not inside
         if self._out and self._out - {cpu}:
             # KVM may look at it while another one executes.
             self._save()

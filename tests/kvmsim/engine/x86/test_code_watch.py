@@ -4,7 +4,7 @@ import mmap
 
 import pytest
 
-from kvmsim.engine.base import Hlt
+from kvmsim.engine.base import Hlt, InKernel
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.code_watch import CodeWatch
 from kvmsim.engine.x86.memory import Slot
@@ -84,3 +84,10 @@ def test_data_beside_code_is_not_taken_for_code(guest, monkeypatch):
         guest.r.rip = CODE
         guest.run()
     assert (flushed, guest.word(0x1100)) == ([], 4)
+
+
+def test_code_changed_at_a_stop_of_kvms_own_is_executed_as_it_is(make_guest):
+    guest = make_guest(slice_bytes=5000).long("eb fe")
+    assert isinstance(guest.run(), InKernel)
+    guest.put(CODE, HLT)
+    assert isinstance(guest.run(), Hlt)
