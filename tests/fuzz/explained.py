@@ -71,7 +71,9 @@ class Seen:
 def _outside_segment(seen):
     if seen.mode == 64:
         return False
-    no_room = seen.mode == 16 and seen.general[4] & 0xFFFF < FRAME
+    wide = seen.segments[2][3] & 0x40_0000 and seen.mode != 16
+    # The engine checks the frame of an exception as a whole, a processor word by word.
+    no_room = seen.general[4] & (0xFFFF_FFFF if wide else 0xFFFF) < FRAME
     return no_room or _operand_outside(seen) or _implied_outside(seen)
 
 
@@ -252,11 +254,11 @@ EXPLAINED = (
         ),
     ),
     Explanation(
-        "alignment of segment registers on the stack",
+        "segment registers on the stack",
         "Processors read and write 16 bits of the slot (SDM volume 2B, PUSH), Unicorn all of it.",
         lambda seen: (
-            seen.found.opcode in {0x06, 0x07, 0x0E, 0x16, 0x17, 0x1E, 0x1F, 0x0FA0, 0x0FA1}
-            and bool(seen.flags & 1 << 18)
+            seen.found.opcode
+            in {0x06, 0x07, 0x0E, 0x16, 0x17, 0x1E, 0x1F, 0x0FA0, 0x0FA1, 0x0FA8, 0x0FA9}
         ),
     ),
     Explanation(

@@ -12,7 +12,7 @@ import pytest
 from fuzz.compare import Worker, differences
 from fuzz.streams import Streams
 
-GUESTS = int(os.environ.get("KVMSIM_FUZZ", "250"))
+GUESTS = int(os.environ.get("KVMSIM_FUZZ", "150"))
 SEED = int(os.environ.get("KVMSIM_FUZZ_SEED", "1"))
 #: Guests whose outcome the second engine cannot tell, or that do what is known to differ.
 LEAST_COMPARED = 0.5
