@@ -14,6 +14,7 @@ from kvmsim.engine.x86 import (
     mmio,
     sites,
     stepping,
+    xsave,
 )
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.backend import ACCESS_FETCHES
@@ -39,8 +40,9 @@ PAGE = 4096
 #: ``kvm_run.emulation_failure``: suberror and flag (kvm.h).
 EMULATION_FAILED, HAS_INSTRUCTION_BYTES = 1, 1
 
-#: RDTSC (of what KVM has it only reads), INVD, WBINVD; XGETBV and RDTSCP.
-_ALONE = frozenset({0x0F31, 0x0F08, 0x0F09})
+#: RDTSC and MOV DR (which only read what KVM has), SYSRET, SYSENTER, INVD, WBINVD, XSAVE and its
+#: like; XGETBV and RDTSCP. SYSCALL of 32-bit code is different on each vendor's processors.
+_ALONE = frozenset({0x0F31, 0x0F21, 0x0F23, 0x0F07, SYSENTER, 0x0F08, 0x0F09, xsave.OPCODE})
 EXTENDED, _ALONE_EXTENDED = 0x0F01, frozenset({0xD0, 0xF9})
 
 
@@ -70,7 +72,9 @@ def needs_nobody(site: Site | None) -> bool:
     found = site.found
     if found.opcode == EXTENDED:
         return found.modrm in _ALONE_EXTENDED
-    return site.kind is Kind.SENSITIVE and found.opcode in _ALONE
+    if found.opcode == SYSCALL:
+        return site.mode == 64
+    return site.kind is Kind.SENSITIVE and (found.opcode in _ALONE or found.opcode >= decode.VEX)
 
 
 def gave_up(vm: X86Vm, cpu: Cpu) -> Stop | None:

@@ -117,6 +117,23 @@ def test_exceptions_of_the_guest_do_not_end_work(aside):
     assert aside.q[r.RBX] == 1000
 
 
+@pytest.mark.parametrize("code", ["0f 21 f8", "0f 23 f8", "0f 01 d0", "0f 05", "c5 f9 6f c1"])
+def test_instructions_kvm_has_no_part_in_do_not_end_work(aside, code):
+    # mov rax, dr7; mov dr7, rax; xgetbv; syscall; vmovdqa xmm0, xmm1
+    aside.long(code, "ff ce 75", f"{-len(bytes.fromhex(code)) - 4 & 0xFF:02x}", HLT)
+    aside.put(0x2000, "ff e1")  # jmp rcx
+    aside.r.set_msr(0xC0000081, 8 << 32)
+    aside.r.set_msr(0xC0000082, 0x2000)
+    aside.r.cr4 |= 1 << 18  # OSXSAVE
+    aside.cpu.xcr0 = 7
+    aside.q[r.RSI], aside.q[r.RAX], aside.q[r.RCX] = 1000, 0x400, 0
+    stop = aside.run()
+    assert type(stop) is Executing
+    stop.work()
+    assert isinstance(aside.run(), Hlt)
+    assert aside.q[r.RSI] == 0
+
+
 def test_vcpu_that_leaves_after_work_keeps_the_bus_lock_it_took(aside):
     aside.long("ff c9 75 fc", "f0 ff 07", HLT)
     aside.q[r.RCX], aside.q[r.RDI] = 10_000, DATA + 62
