@@ -20,6 +20,7 @@ class Exit(IntEnum):
     SHUTDOWN = 8
     FAIL_ENTRY = 9
     INTR = 10
+    SET_TPR = 11
     INTERNAL_ERROR = 17
     SYSTEM_EVENT = 24
     IOAPIC_EOI = 26

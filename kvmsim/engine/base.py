@@ -135,6 +135,11 @@ class IrqWindow(StopBase):
 
 
 @dataclass(slots=True)
+class TprLowered(StopBase):
+    """The guest set its task priority lower, and the VMM has the APIC."""
+
+
+@dataclass(slots=True)
 class Signal(StopBase):
     """A signal arrives for the thread that runs the vCPU: KVM_RUN returns EINTR."""
 
@@ -243,6 +248,7 @@ Stop = (
     | InternalError
     | Debug
     | IrqWindow
+    | TprLowered
     | Signal
     | SplitLockAc
     | InKernel

@@ -11,7 +11,7 @@ from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING
 
 from kvmsim.abi.exits import Exit
-from kvmsim.engine.base import Hypercall, Rdmsr, SystemEvent, Wrmsr
+from kvmsim.engine.base import Hypercall, Rdmsr, SystemEvent, TprLowered, Wrmsr
 from kvmsim.kvm import exits
 
 if TYPE_CHECKING:
@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     Delegated = Rdmsr | Wrmsr | Hypercall
 
 
-def leave(vcpu: Vcpu, stop: Delegated | SystemEvent) -> int:
+def leave(vcpu: Vcpu, stop: Delegated | SystemEvent | TprLowered) -> int:
     """Show user space what is wanted; the exit reason."""
     memory = vcpu.run.memory
+    if isinstance(stop, TprLowered):
+        # What it is now is in the page in any case (Linux 6.12 vmx.c handle_cr).
+        exits.retire(vcpu, stop)
+        return Exit.SET_TPR
     if isinstance(stop, SystemEvent):
         exits.retire(vcpu, stop)
         words = stop.data[:16]

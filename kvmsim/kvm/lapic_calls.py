@@ -70,6 +70,7 @@ def interrupt(vcpu: Vcpu, call: Call) -> int:
     if not vcpu.vm.irqchip:
         events.of(vcpu).queue_interrupt(vector)
         vcpu_events.arm(vcpu)
+        vcpu.ready_and_if &= ~1
         return 0
     if irqchip.of(vcpu.vm).full:
         raise KvmError(ENXIO, "the PIC is in the kernel")

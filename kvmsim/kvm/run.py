@@ -44,6 +44,7 @@ from kvmsim.engine.base import (
     Signal,
     SplitLockAc,
     SystemEvent,
+    TprLowered,
     Wrmsr,
 )
 from kvmsim.errors import KvmError
@@ -439,7 +440,7 @@ def _exit_reason(vcpu: Vcpu, stop: Stop, now_ns: int) -> int | None:
             reason = exits.ended(vcpu, stop)
         case SplitLockAc():
             reason = split_lock.raised(vcpu, stop, now_ns)
-        case Rdmsr() | Wrmsr() | Hypercall() | SystemEvent():
+        case Rdmsr() | Wrmsr() | Hypercall() | SystemEvent() | TprLowered():
             reason = delegated.leave(vcpu, stop)
     return reason
 

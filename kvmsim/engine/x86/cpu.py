@@ -56,6 +56,7 @@ class Cpu:
         acknowledge: asked for the vector when it does; None: it is ``interrupt`` itself. A more
             urgent one may have come meanwhile, or it may be gone. Called in KVM's thread only.
         tpr_threshold: stop when the guest sets ``cr8`` below this.
+        shows_tpr: stop whenever the guest lowers ``cr8``.
         wants_window: stop when the guest can take an interrupt.
         guest_ns: guest time it has executed.
         stopped_ns: ``guest_ns`` at its last stop.
@@ -91,6 +92,7 @@ class Cpu:
         self.interrupt: int | None = None
         self.acknowledge: Callable[[], int | None] | None = None
         self.tpr_threshold = 0
+        self.shows_tpr = False
         self.wants_window = False
         self.guest_ns = self.stopped_ns = 0
         self.left: tuple[Why, int] | None = None

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.base import Hlt, Hypercall, InKernel, Io, Rdmsr, SystemEvent, Wrmsr
+from kvmsim.engine.base import (
+    Hlt,
+    Hypercall,
+    InKernel,
+    Io,
+    Rdmsr,
+    SystemEvent,
+    TprLowered,
+    Wrmsr,
+)
 from kvmsim.engine.x86 import breakpoints, vex, xsave
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.decode import DS, NONE, VEX
@@ -345,8 +354,10 @@ def _mov_cr8(cpu: Cpu, found: Instruction) -> Stop | None:
     value = cpu.registers.q[found.rm]
     if value > 15:
         raise Fault(GP)
-    cpu.cr8 = value
+    before, cpu.cr8 = cpu.cr8, value
     cpu.registers.advance(found.length)
+    if value < before and cpu.shows_tpr:
+        return TprLowered()
     return InKernel() if value < cpu.tpr_threshold else None
 
 

@@ -112,6 +112,7 @@ class VcpuRegisters:
         if self._stolen.due:
             steal_time.enter(vcpu, cpu.memory)
         cpu.cr8 = vcpu.cr8
+        cpu.shows_tpr = not vcpu.vm.irqchip
         cpu.wants_window = self._windows and self._page[U8_REQUEST_INTERRUPT_WINDOW] != 0
         state = vcpu.debug
         if state is not None:

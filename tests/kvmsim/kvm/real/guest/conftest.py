@@ -297,18 +297,3 @@ def on_hardware(world):
     """For rows in which a KVM without hardware virtualisation does something else."""
     if hasattr(world, "fds") and PVM.exists():
         pytest.skip("the machine's KVM has no hardware behind it")
-
-
-#: Tests that ours does not pass.
-WANTING = (
-    "test_interrupts.py::test_a_second_interrupt_while",
-    "test_interrupts.py::test_a_priority_the_guest_lowers",
-)
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        test, _, parameters = item.nodeid.partition("[")
-        ours = "real/guest/" in test and "kvmsim" in parameters
-        if ours and any(name in item.nodeid for name in WANTING):
-            item.add_marker(pytest.mark.xfail(reason="wanting", strict=False))

@@ -10,7 +10,6 @@ from kvmsim.abi.exits import Exit
 CODE, HANDLER, STACK = 0x1000, 0x2000, 0x6000
 HLT, NOP = "f4", "90"
 VECTOR = 0x30
-SET_TPR = 11
 READY, IF_FLAG, CR8 = 12, 13, 16
 
 
@@ -149,7 +148,7 @@ def test_a_priority_the_guest_lowers_is_an_exit(guest):
     """User space has the APIC: it must see that something may be deliverable."""
     guest.long("44 0f 22 c0", HLT, rax=2)
     guest.page[CR8] = 9
-    assert guest.run() == SET_TPR
+    assert guest.run() == Exit.SET_TPR
     assert guest.field(CR8, 8) == 2
     assert guest.run() == Exit.HLT
 
