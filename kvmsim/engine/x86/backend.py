@@ -57,7 +57,8 @@ _ARCH_X86, _MODE_64 = 4, 8
 _CTL_USE_EXITS, _CTL_CPU_MODEL, _CTL_REMOVE_CACHE, _CTL_FLUSH_TB = 4, 7, 9, 10
 _CTL_FLUSH_TLB, _CTL_TCG_BUFFER = 11, 13
 _CPU_SKYLAKE_SERVER = 22
-CODE_BYTES = 4 << 20
+#: Room for translated code: what small guests need, and all that a system with its programs gets.
+CODE_BYTES, MOST_CODE_BYTES = 4 << 20, 64 << 20
 _PR_SET_THP_DISABLE, _PR_GET_THP_DISABLE = 41, 42
 _CPU_SEARCH_BYTES = 8192
 _ENV_SEARCH_BYTES = 128 << 10

@@ -11,7 +11,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from kvmsim.engine.x86 import decode as d
-from kvmsim.engine.x86 import vex, xsave
+from kvmsim.engine.x86 import plain_code, vex, xsave
 from kvmsim.engine.x86.registers import SEGMENTS
 
 if TYPE_CHECKING:
@@ -117,8 +117,10 @@ def sites_in(code: bytes, address: int, mode: int, size: int | None = None) -> I
         mode: 16, 32 or 64.
         size: of the block, if ``code`` is more.
     """
-    at = 0
-    while at < (len(code) if size is None else size):
+    at, end = 0, len(code) if size is None else size
+    while at < end:
+        if mode == 64 and (at := plain_code.end(code, at)) >= end:
+            return
         found = d.decode(code, at, mode)
         if found is None:
             return

@@ -25,7 +25,7 @@ from kvmsim.engine.base import BusLock, Executing, InKernel, InternalError, IrqW
 from kvmsim.engine.x86 import breakpoints, debugger, delivery, exits
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.accesses import Accesses
-from kvmsim.engine.x86.backend import CODE_BYTES, Unicorn
+from kvmsim.engine.x86.backend import CODE_BYTES, MOST_CODE_BYTES, Unicorn
 from kvmsim.engine.x86.branches import BranchFeed
 from kvmsim.engine.x86.cpu import Cpu
 from kvmsim.engine.x86.delivery import Event, TripleFault, Unsupported
@@ -95,6 +95,12 @@ class Awake:
 AWAKE = Awake(256)
 
 
+def _room_for_code(slots: list[Slot]) -> int:
+    """A quarter of a guest's memory, within bounds."""
+    memory_bytes = sum(len(slot.memory) for slot in slots)
+    return min(max(CODE_BYTES, memory_bytes // 4 & -CODE_BYTES), MOST_CODE_BYTES)
+
+
 class X86Vm:
     """One VM.
 
@@ -108,7 +114,8 @@ class X86Vm:
             once; None: it never does.
         paced: stops say how much guest time passed. Otherwise time passes by itself, and a guest
             executes without an end to its slices unless ``inline_bytes`` makes it count.
-        code_bytes: room for translated code; see ``Unicorn``.
+        code_bytes: room for translated code, see ``Unicorn``; None: what suits the memory. When a
+            kernel's code does not fit, all of it is translated over and over.
 
     Attributes:
         awake: it has an emulator.
@@ -128,14 +135,14 @@ class X86Vm:
         slice_bytes: int = SLICE_BYTES,
         inline_bytes: int | None = None,
         paced: bool = True,
-        code_bytes: int = CODE_BYTES,
+        code_bytes: int | None = None,
     ) -> None:
         self.policy = policy
         self.memory = Memory([])
         self.slice_bytes = slice_bytes
         self.inline_bytes = inline_bytes
         self.paced = paced
-        self._code_bytes = code_bytes
+        self._code_bytes = code_bytes or _room_for_code(slots)
         self._current: Cpu | None = None
         self._stale_translations = False
         #: vCPUs whose turn to execute in work() has not ended.

@@ -306,3 +306,15 @@ def test_vm_that_executes_keeps_its_emulator(make_guest, monkeypatch):
     assert isinstance(busy.run(), Executing)
     make_guest()
     assert busy.vm.awake
+
+
+@pytest.mark.parametrize(("mib", "room_mib"), [(1, 4), (64, 16), (1024, 64)])
+def test_room_for_translated_code_goes_with_the_memory(guest, monkeypatch, mib, room_mib):
+    from kvmsim.engine.x86 import vm as module
+
+    rooms = []
+    emulator = module.Unicorn
+    monkeypatch.setattr(module, "Unicorn", lambda room: rooms.append(room) or emulator(1 << 20))
+    slots = [Slot(0, memoryview(mmap.mmap(-1, mib << 20)))]
+    module.X86Vm(slots, guest.policy).close()
+    assert rooms == [room_mib << 20]
