@@ -24,6 +24,7 @@ STACK = frozenset(
 ) | {0x06, 0x07, 0x0E, 0x16, 0x17, 0x1E, 0x1F, 0xE8, 0x9A, 0xFF, 0x0FA0, 0x0FA1, 0x0FA8, 0x0FA9}
 BRANCHES = frozenset((*range(0x70, 0x80), *range(0xE0, 0xE4), 0xE8, 0xE9, 0xEB, 0xC2, 0xC3, 0xFF))
 NEAR = BRANCHES | frozenset(range(0x0F80, 0x0F90))
+TF_AND_AC = 1 << 8 | 1 << 18
 #: More than any instruction or exception puts on a stack, but for ENTER with levels.
 FRAME = 64
 
@@ -113,7 +114,8 @@ def _branches_out(seen):
 
 def _misaligned_sse(seen):
     found = seen.found
-    return found.opcode in SSE and found.operand is not None and bool(seen.offset() & 15)
+    vector = found.opcode in SSE or (found.opcode > 0xFFFF and found.opcode not in MOVBE)
+    return vector and found.operand is not None and bool(seen.offset() & 15)
 
 
 def _not_canonical_target(seen):
@@ -285,6 +287,11 @@ EXPLAINED = (
         "page tables where no memory is",
         "As KVM says, they map nothing; the second engine stops at them.",
         lambda seen: seen.found.opcode == 0x0F22 and seen.found.reg == 3,
+    ),
+    Explanation(
+        "TF and AC at once",
+        "The instruction behind a POPF that sets both is not checked for alignment.",
+        lambda seen: seen.flags & TF_AND_AC == TF_AND_AC,
     ),
     Explanation(
         "prefetch of a register",
