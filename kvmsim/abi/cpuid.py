@@ -60,7 +60,10 @@ FEATURES: Final[Mapping[str, tuple[int, str, int]]] = {
     "rdpid": (7, "ecx", 22),
     "bus_lock_detect": (7, "ecx", 24),
     "fsrm": (7, "edx", 4),
+    "spec_ctrl": (7, "edx", 26),
+    "intel_stibp": (7, "edx", 27),
     "arch_capabilities": (7, "edx", 29),
+    "spec_ctrl_ssbd": (7, "edx", 31),
     "lahf_lm": (0x80000001, "ecx", 0),
     "cmp_legacy": (0x80000001, "ecx", 1),
     "cr8_legacy": (0x80000001, "ecx", 4),
@@ -80,6 +83,10 @@ FEATURES: Final[Mapping[str, tuple[int, str, int]]] = {
     "clzero": (0x80000008, "ebx", 0),
     "xsaveerptr": (0x80000008, "ebx", 2),
     "wbnoinvd": (0x80000008, "ebx", 9),
+    "amd_ibpb": (0x80000008, "ebx", 12),
+    "amd_ibrs": (0x80000008, "ebx", 14),
+    "amd_stibp": (0x80000008, "ebx", 15),
+    "amd_ssbd": (0x80000008, "ebx", 24),
     "null_sel_clr_base": (0x80000021, "eax", 6),
     "lfence_rdtsc": (0x80000021, "eax", 2),
 }
@@ -96,6 +103,9 @@ COMMON_FEATURES: Final = (
     *("rdseed", "adx", "smap", "clflushopt", "clwb"),
     *("fsrm", "arch_capabilities", "lahf_lm", "abm", "3dnowprefetch", "syscall", "nx"),
     *("pdpe1gb", "rdtscp", "lm", "constant_tsc"),
+    # KVM shows what controls speculation in both vendors' ways (Linux 6.12 cpuid.c).
+    *("spec_ctrl", "intel_stibp", "spec_ctrl_ssbd", "amd_ibpb", "amd_ibrs", "amd_stibp"),
+    "amd_ssbd",
 )
 VENDOR_FEATURES: Final[Mapping[str, tuple[str, ...]]] = {
     "amd": (

@@ -13,6 +13,8 @@ EBL_CR_POWERON: Final = 0x2A
 SMI_COUNT: Final = 0x34
 IA32_FEAT_CTL: Final = 0x3A
 IA32_TSC_ADJUST: Final = 0x3B
+IA32_SPEC_CTRL: Final = 0x48
+IA32_PRED_CMD: Final = 0x49
 IA32_UCODE_WRITE: Final = 0x79
 IA32_UCODE_REV: Final = 0x8B
 PLATFORM_INFO: Final = 0xCE
@@ -101,12 +103,15 @@ WRITES_IGNORED: Final = {
     0xC001001B: 0x20000000,  # K7_CLK_CTL
     **dict.fromkeys((0xC001001F, 0xC0011022, 0xC0011023, 0xC001102A, 0xC001102C), 0),
 }
-#: Microcode updates: accepted without effect, and cannot be read.
-WRITE_ONLY: Final = (IA32_UCODE_WRITE, 0xC0010020)
+#: Microcode updates and commands to predictors: accepted without effect, and cannot be read.
+WRITE_ONLY: Final = (IA32_UCODE_WRITE, 0xC0010020, IA32_PRED_CMD)
 MMIO_CONF_BASE: Final = 0xC0010058
 
 PAT_RESET: Final = 0x0007040600070406
 MISC_ENABLE_FAST_STRING: Final = 1
+SPEC_CTRL_BITS: Final = 0x7
+"""IBRS, STIBP, SSBD."""
+PRED_CMD_IBPB: Final = 1
 MISC_ENABLE_MWAIT: Final = 1 << 18
 PLATFORM_INFO_CPUID_FAULT: Final = 1 << 31
 ARCH_CAPABILITIES_HOST: Final = 0x6B
@@ -133,14 +138,14 @@ _EMULATED_AFTER_LMCE: Final = (
 SAVED: Final = {
     "amd": (
         *_SAVED_COMMON,
-        *(AMD_VM_HSAVE_PA, TSC_AUX, IA32_DEBUGCTL, *LAST_BRANCH),
+        *(AMD_VM_HSAVE_PA, TSC_AUX, IA32_SPEC_CTRL, IA32_DEBUGCTL, *LAST_BRANCH),
         *_EMULATED_BEFORE_LMCE,
         *_EMULATED_AFTER_LMCE,
         *(AMD_VIRT_SPEC_CTRL, AMD_HWCR),
     ),
     "intel": (
         *_SAVED_COMMON,
-        *(IA32_FEAT_CTL, TSC_AUX, IA32_DEBUGCTL, *LAST_BRANCH),
+        *(IA32_FEAT_CTL, TSC_AUX, IA32_SPEC_CTRL, IA32_DEBUGCTL, *LAST_BRANCH),
         *_EMULATED_BEFORE_LMCE,
         IA32_MCG_EXT_CTL,
         *_EMULATED_AFTER_LMCE,

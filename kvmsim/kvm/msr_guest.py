@@ -43,6 +43,12 @@ def _has_tsc_aux(vcpu: Vcpu) -> bool:
     return bool((rdtscp | cpuid.guest_register(vcpu, 7, "ecx") >> 22) & 1)
 
 
+def _has_any(*features: str) -> Callable[[Vcpu], bool]:
+    """A guest whose CPUID has one of some features."""
+    shown = [_shows(*abi_cpuid.FEATURES[name]) for name in features]
+    return lambda vcpu: any(one(vcpu) for one in shown)
+
+
 def _sees_platform_info(vcpu: Vcpu) -> bool:
     return capabilities.of(vcpu.vm).platform_info
 
@@ -98,6 +104,8 @@ RULES: Final[dict[int, GuestRule]] = {
     abi.IA32_FEAT_CTL: GuestRule(accept=_feature_control),
     abi.IA32_MCG_EXT_CTL: GuestRule(has=_has_lmce_on),
     abi.IA32_ARCH_CAPABILITIES: GuestRule(has=_shows(7, "edx", 29), accept=_refuse),
+    abi.IA32_SPEC_CTRL: GuestRule(has=_has_any("spec_ctrl", "amd_ibrs", "amd_stibp", "amd_ssbd")),
+    abi.IA32_PRED_CMD: GuestRule(has=_has_any("spec_ctrl", "amd_ibpb")),
     abi.IA32_UCODE_REV: GuestRule(accept=_ignore),
     abi.PLATFORM_INFO: GuestRule(reads=_sees_platform_info, accept=_refuse),
     abi.SMI_COUNT: GuestRule(accept=_refuse),

@@ -175,6 +175,12 @@ def _only_zero(vcpu: Vcpu, value: int) -> int | None:
     return None if value else 0
 
 
+def _predictor_command(vcpu: Vcpu, value: int) -> int | None:
+    """Barriers have nothing to do here; unknown ones are refused."""
+    del vcpu
+    return None if value & ~abi.PRED_CMD_IBPB else IGNORED
+
+
 def _cpuid_faulting(vcpu: Vcpu, value: int) -> int | None:
     del vcpu
     return None if value & ~1 else value
@@ -201,6 +207,8 @@ RULES: Final[dict[int, Rule]] = {
     **{index: Rule(value, accept=_refuse) for index, value in abi.READ_ONLY.items()},
     **{index: Rule(value, accept=_ignore) for index, value in abi.WRITES_IGNORED.items()},
     **{index: Rule(accept=_ignore) for index in abi.WRITE_ONLY},
+    abi.IA32_PRED_CMD: Rule(accept=_predictor_command),
+    abi.IA32_SPEC_CTRL: Rule(accept=_bits(abi.SPEC_CTRL_BITS)),
     abi.MMIO_CONF_BASE: Rule(accept=_only_zero),
     abi.IA32_POWER_CTL: Rule(),
     abi.SMI_COUNT: Rule(),

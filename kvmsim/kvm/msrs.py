@@ -259,8 +259,8 @@ SPECIAL: dict[int, Special] = {
         guest_write=lambda vcpu, value, now_ns: False,
     ),
 }
-#: Registers KVM knows that no machine here has: commands to flush the L1 cache and predictors.
-REFUSED: Final = frozenset({0x49, 0x10B})
+#: Registers KVM knows that no machine here has: commands to flush the L1 cache.
+REFUSED: Final = frozenset({0x10B})
 
 
 # -- tables --------------------------------------------------------------------------------------

@@ -187,3 +187,20 @@ def test_refused_filter_leaves_the_old_one(vm):
     with pytest.raises(Exception, match="EFAULT"):
         vm.ioctl(ioctls.KVM_X86_SET_MSR_FILTER, bad)
     assert not msr_filter.allows(vm, 0x174, write=False)
+
+
+@pytest.mark.parametrize("toml", [AMD, INTEL])
+def test_guest_controls_speculation_if_its_cpuid_says_so(vcpu, toml):
+    guest = vcpu(toml)
+    assert guest_write(guest, msrs.IA32_SPEC_CTRL, 0x5, 0)
+    assert guest_read(guest, msrs.IA32_SPEC_CTRL, 0) == get(guest, msrs.IA32_SPEC_CTRL) == 0x5
+    assert not guest_write(guest, msrs.IA32_SPEC_CTRL, 0x8, 0)
+    assert guest_write(guest, msrs.IA32_PRED_CMD, 1, 0)
+    assert not guest_write(guest, msrs.IA32_PRED_CMD, 2, 0)
+    assert guest_read(guest, msrs.IA32_PRED_CMD, 0) is None
+    bare = vcpu(toml, cpuid=False)
+    assert guest_read(bare, msrs.IA32_SPEC_CTRL, 0) is None
+    assert not guest_write(bare, msrs.IA32_SPEC_CTRL, 1, 0)
+    assert not guest_write(bare, msrs.IA32_PRED_CMD, 1, 0)
+    assert put(bare, msrs.IA32_SPEC_CTRL, 1)
+    assert get(bare, msrs.IA32_SPEC_CTRL) == 1
