@@ -51,7 +51,8 @@ TURNS_UNCHECKED = 16
 #: Single steps that one run() executes, however little code it may execute inline besides.
 STEPS_INLINE = 50
 #: Ends of execution that concern nothing of KVM's: ``work`` goes on after them.
-_OWN_BUSINESS = frozenset({Why.NEW_SITES, Why.INVALID, Why.LOCK, Why.LOCKED})
+#: That nobody noted why can only be told here: whether somebody kicked is forgotten afterwards.
+_OWN_BUSINESS = frozenset({Why.NOTHING, Why.NEW_SITES, Why.INVALID, Why.LOCK, Why.LOCKED})
 _KVMS_EXCEPTIONS = frozenset({delivery.DB, delivery.BP})
 
 
@@ -453,7 +454,7 @@ class X86Vm:
             stop = exits.ended(self, cpu, why, status)
             if stop is not None:
                 cpu.stops.append(stop)
-        elif why is not Why.NOTHING or not self.meter.expired() or self.watch.expects_lock:
+        else:
             cpu.left = (why, status)
 
     def kick(self, cpu: Cpu) -> None:

@@ -8,6 +8,7 @@ import pytest
 from kvmsim.engine.base import BusLock, Executing, Hlt, InKernel, Io, Mmio
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.memory import Slot
+from kvmsim.engine.x86.policy import PlainPolicy
 
 CODE, DATA = 0x1000, 0x8000
 HLT = "f4"
@@ -184,6 +185,78 @@ def test_two_vcpus_in_turns_lose_nothing(aside):
         stop.work()
         turns.append((cpu, aside.vm.run(cpu)))
     assert (halted, aside.word(DATA)) == (2, 100_000)
+
+
+@pytest.mark.parametrize("fault_like", [False, True])
+def test_kick_between_a_look_at_a_lock_and_the_lock_neither_loses_nor_adds_one(
+    make_guest, monkeypatch, fault_like
+):
+    policy = PlainPolicy(fault_like=fault_like)
+    guest = make_guest(policy, inline_bytes=0, paced=False)
+    guest.long("f0 ff 07 ff c9 75 f9", HLT)  # l: lock inc dword [rdi]; dec ecx; jnz l; hlt
+    guest.q[r.RCX], guest.q[r.RDI] = 20, DATA + 62
+    classify, looks = guest.vm._operands.classify, []
+
+    def kicking(*args, **kwargs):
+        looks.append(args)
+        guest.vm.kick(guest.cpu)
+        return classify(*args, **kwargs)
+
+    monkeypatch.setattr(guest.vm._operands, "classify", kicking)
+    locks = 0
+    while not isinstance(stop := until_stop(guest.vm, guest.cpu), Hlt):
+        assert type(stop) is BusLock
+        locks += 1
+    assert len(looks) > 1
+    assert (locks, guest.cpu.bus_locks, guest.word(DATA + 62)) == (20, 20, 20)
+
+
+@pytest.mark.parametrize("offset", [0, 62], ids=["aligned", "split"])
+@pytest.mark.parametrize("fault_like", [False, True], ids=["trap-like", "fault-like"])
+def test_spin_lock_of_two_vcpus_survives_kicks_at_any_time(make_guest, fault_like, offset):
+    guest = make_guest(PlainPolicy(fault_like=fault_like), inline_bytes=0, paced=False)
+    # l: mov eax, 1; xchg [rdi], eax; test eax, eax; jnz l; inc dword [rsi]; mov dword [rdi], 0
+    # dec ecx; jnz l; hlt
+    guest.long("b8 01 00 00 00 87 07 85 c0 75 f5 ff 06 c7 07 00 00 00 00 ff c9 75 e9 f4")
+    other = guest.vm.add_cpu()
+    other.saved[:] = guest.cpu.saved
+    other.use_saved()
+    cpus = [guest.cpu, other]
+    for cpu in cpus:
+        q = cpu.registers.q
+        q[r.RCX], q[r.RDI], q[r.RSI] = 1500, DATA + offset, DATA + 256
+    ended = threading.Event()
+    kicker = threading.Thread(target=lambda: kick_until(ended, guest.vm, cpus))
+    kicker.start()
+    try:
+        kinds = {type(stop) for stop in stops_in_turns(guest.vm, cpus)}
+    finally:
+        ended.set()
+        kicker.join()
+    assert kinds == ({BusLock, Hlt} if offset else {Hlt})
+    assert guest.word(DATA + 256) == 3000
+
+
+def kick_until(ended, vm, cpus):
+    """Kick vCPUs all the time, at different intervals."""
+    count = 0
+    while not ended.is_set():
+        vm.kick(cpus[count % 2])
+        count += 1
+        ended.wait((count % 7) * 2e-5)
+
+
+def stops_in_turns(vm, cpus):
+    """Stops of vCPUs that execute in turns until all of them have halted."""
+    turns = [(cpu, vm.run(cpu)) for cpu in cpus]
+    while turns:
+        cpu, stop = turns.pop(0)
+        if isinstance(stop, Executing):
+            stop.work()
+        else:
+            yield stop
+        if not isinstance(stop, Hlt):
+            turns.append((cpu, vm.run(cpu)))
 
 
 @pytest.mark.parametrize("answer", ["in", "out", "ins"])
