@@ -271,6 +271,10 @@ class GuestVcpu(Protocol):
         """What the last completed IN or MMIO read brought."""
 
     @property
+    def allowance_ns(self) -> int | None:
+        """Guest time after which KVM wants it back; None: there is no hurry."""
+
+    @property
     def records(self) -> LastBranches | None:
         """Where its branches are recorded; None: nowhere."""
 

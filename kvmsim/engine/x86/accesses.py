@@ -25,6 +25,7 @@ class Accesses:
         memory: guest memory.
 
     Attributes:
+        active: accesses are noted.
         hits: bits of the data breakpoints that were touched.
         misaligned: an access was not on a multiple of its size.
     """
@@ -37,6 +38,7 @@ class Accesses:
         self._handles: list[int] = []
         self._undo: list[tuple[int, bytes]] = []
         self._aligned = False
+        self.active = False
         self.hits = 0
         self.misaligned = False
 
@@ -56,13 +58,9 @@ class Accesses:
             for begin, end in ranges
         ]
         self._ranges = ranges
+        self.active = bool(ranges)
         # Blocks translated before do not call.
         self._unicorn.flush_code()
-
-    @property
-    def active(self) -> bool:
-        """Whether accesses are noted."""
-        return bool(self._ranges)
 
     def rest(self) -> None:
         """Note nothing: hooks of accesses make all of them slow, and RETF in real mode stray."""

@@ -126,11 +126,15 @@ class BranchFeed:
     Args:
         vm: the VM.
         native: use machine code; by default where the host can.
+
+    Attributes:
+        active: anything is watched.
     """
 
     def __init__(self, vm: X86Vm, *, native: bool | None = None) -> None:
         self._vm = vm
         self._hook: int | None = None
+        self.active = False
         self._cpu: Cpu | None = None
         self._recording: set[Cpu] = set()
         self._ends: dict[tuple[int, int], _End] = {}
@@ -142,11 +146,6 @@ class BranchFeed:
         self._native = native is not False
         self._table: Any = None
         self._callbacks: list[object] = []
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is watched."""
-        return self._hook is not None
 
     # -- on and off ------------------------------------------------------------------------------
 
@@ -186,6 +185,7 @@ class BranchFeed:
         control[HFLAGS_AT] = ctypes.addressof(ctypes.c_char.from_buffer(unicorn.env)) + HFLAGS
         entered = (_entered() if self._native else None) or control[PYTHON]
         self._hook = unicorn.hook_block(ctypes.c_void_p(entered), ctypes.addressof(control))
+        self.active = True
         words = (ctypes.c_uint64.from_buffer(control, 8 * word) for word in (NEXT, NEXT_DATA))
         self._vm.meter.give_way(*words)
         # Every block is translated again, and its end noted then.
@@ -196,6 +196,7 @@ class BranchFeed:
     def _remove(self, hook: int) -> None:
         self._vm.unicorn.unhook(hook)
         self._hook = None
+        self.active = False
         self._vm.meter.take_back()
         self._vm.unicorn.flush_code()
 

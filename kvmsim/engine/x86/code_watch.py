@@ -12,7 +12,7 @@ import ctypes
 from array import array
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.x86.machine_code import ABOVE, EQUAL, NOT_EQUAL, Jump, Label, assemble
+from kvmsim.engine.x86.machine_code import ABOVE, EQUAL, NOT_EQUAL, Jump, Label, assemble, u64
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _ARENA_BYTES = 1 << 18
 _WORDS = 3
 _NEXT, _EIGHT, _TAIL, _SAME, _DIFFER = "next", "eight", "tail", "same", "differ"
-#: (entries: rdi, how many: rsi) -> whether any differs; an entry: address, copy, bytes.
+#: (entries: rdi, how many: rsi) -> whether any differs; an entry: address, copy, bytes. In front of
+#: it goes what loads both from a table: arguments take longer than the call.
 _COMPARE = assemble(
     Label(_NEXT),
     b"\x48\x85\xf6",  # test rsi, rsi
@@ -60,15 +61,18 @@ class CodeWatch:
     """
 
     def __init__(self, native: Native | None) -> None:
-        self._compare: Callable[[int, int], int] | None = None
+        self._compare: Callable[[], int] | None = None
+        self._table = (ctypes.c_uint64 * 2)()
         if native is not None:
-            function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64)
-            self._compare = function(native.code.place(_COMPARE))
+            load = b"\x48\xb8" + u64(ctypes.addressof(self._table))  # mov rax, table
+            load += b"\x48\x8b\x38\x48\x8b\x70\x08"  # mov rdi, [rax]; mov rsi, [rax+8]
+            self._compare = ctypes.CFUNCTYPE(ctypes.c_int)(native.code.place(load + _COMPARE))
         self.clear()
 
     def clear(self) -> None:
         """All translations are gone."""
         self._entries = array("Q")
+        self._table[:] = [0, 0]
         self._arenas: list[bytearray] = []
         self._used = _ARENA_BYTES
         self._views: list[tuple[memoryview, bytes]] = []
@@ -90,11 +94,12 @@ class CodeWatch:
         arena[self._used : self._used + len(code)] = code
         copy = ctypes.addressof(ctypes.c_char.from_buffer(arena)) + self._used
         self._entries.extend((slot.address + at, copy, len(code)))
+        entries, words = self._entries.buffer_info()
+        self._table[:] = [entries, words // _WORDS]
         self._used += len(code)
 
     def changed(self) -> bool:
         """Whether some of it is not what it was."""
         if self._compare is None:
             return any(bytes(view) != code for view, code in self._views)
-        address, words = self._entries.buffer_info()
-        return bool(words and self._compare(address, words // _WORDS))
+        return bool(self._compare())

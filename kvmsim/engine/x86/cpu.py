@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvmsim.engine.x86.watch import Why
 
 _UNUSUAL_FLAGS = r.FLAG_RF | r.FLAG_AC
+_DR7, _DR7_ENABLED, _EFLAGS = r.DR7 // 8, r.DR7_ENABLED, r.EFLAGS // 8
 CR0_RESET = 0x6000_0010
 DR6_RESET, DR7_RESET = 0xFFFF_0FF0, 0x400
 _CODE_RESET = r.RIGHTS_P | r.RIGHTS_S | 0xB << 8
@@ -49,6 +50,7 @@ class Cpu:
             holds for the next execution of that instruction (fault-like stops).
         debugger: what a debugger in user space wants; None: there is none.
         traps: payload of the #DB that is due before the next instruction; 0: none.
+        completion: what :meth:`complete` has to do; None: the last stop waits for nothing.
         cautious: its next instruction is executed alone, for what follows cannot be read.
         stepped: an instruction was executed for a debugger that single-steps and has not heard yet.
         nmi_masked: an NMI was delivered, and no IRET executed since.
@@ -104,7 +106,7 @@ class Cpu:
         self.lbr: LastBranches | None = None
         self.stops: list[Stop] = []
         self._tsc_offset = 0
-        self._completion: Callable[[bytes], None] | None = None
+        self.completion: Callable[[bytes], None] | None = None
         self._executes = False
         self.reset()
 
@@ -153,11 +155,10 @@ class Cpu:
         """Whether a debugger single-steps it."""
         return self.debugger is not None and self.debugger.single_step
 
-    @property
     def is_plain(self) -> bool:
         """Whether nothing makes the engine look at single instructions or at breakpoints."""
         q = self.registers.q
-        unusual = q[r.DR7 // 8] & r.DR7_ENABLED or q[r.EFLAGS // 8] & _UNUSUAL_FLAGS
+        unusual = q[_DR7] & _DR7_ENABLED or q[_EFLAGS] & _UNUSUAL_FLAGS
         return self.debugger is None and not (unusual or self.creeps or self.cautious)
 
     def owe_trap(self, payload: int) -> None:
@@ -195,7 +196,7 @@ class Cpu:
     @property
     def pending(self) -> bool:
         """Whether the last stop waits for :meth:`complete`."""
-        return self._completion is not None
+        return self.completion is not None
 
     def on_completion(self, function: Callable[[bytes], None], *, executes: bool = False) -> None:
         """What is to be done when user space has answered.
@@ -204,7 +205,7 @@ class Cpu:
             function: called with the answer.
             executes: it needs the emulator.
         """
-        self._completion = function
+        self.completion = function
         self._executes = executes
 
     def complete(self, data: bytes = b"") -> None:
@@ -213,19 +214,19 @@ class Cpu:
         Args:
             data: what an IN or an MMIO read brought.
         """
-        function, self._completion = self._completion, None
+        function, self.completion = self.completion, None
         if function is not None:
             if self._executes:
                 self.vm.load(self)
             function(data)
-            if self._completion is None:
+            if self.completion is None:
                 self.traps |= self._owed_traps
                 self._owed_traps = 0
                 self.stepped = self.steps
 
     def abandon(self) -> None:
         """User space went elsewhere: the instruction of the last stop is not completed."""
-        self._completion = None
+        self.completion = None
         self._owed_traps = 0
         self.stops.clear()
 

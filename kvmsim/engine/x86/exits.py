@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.base import BusLock, Debug, Hlt, InKernel, InternalError, Io, SplitLockAc
+from kvmsim.engine.base import Debug, Hlt, InKernel, InternalError, Io, SplitLockAc
 from kvmsim.engine.x86 import (
     breakpoints,
     decode,
@@ -21,7 +21,7 @@ from kvmsim.engine.x86.backend import ACCESS_FETCHES
 from kvmsim.engine.x86.delivery import AC, BP, DB, GP, PF, UD, Event, Fault
 from kvmsim.engine.x86.sites import Kind
 from kvmsim.engine.x86.stepping import EXCEPTION_IS_INT, trap
-from kvmsim.engine.x86.watch import Why
+from kvmsim.engine.x86.watch import LOCK, NEW_SITES, NOTHING, Why
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +53,7 @@ def ended(vm: X86Vm, cpu: Cpu, why: Why, status: int) -> Stop | None:
         if why is Why.INTERRUPT and vm.watch.vector == DB:
             trap(cpu)  # it would not come again
         return taken
-    if why is Why.NOTHING:
+    if why is NOTHING:
         if vm.meter.expired():
             return None
         if vm.unicorn.gave_up():
@@ -118,13 +118,15 @@ def emulation_failed(vm: X86Vm, cpu: Cpu) -> InternalError:
 def handle(vm: X86Vm, cpu: Cpu, why: Why) -> Stop | None:
     """What an end of execution means; None: the guest goes on."""
     stop: Stop | None = None
-    if why is not Why.NEW_SITES:
+    if why is not NEW_SITES:
         vm.meter.charge(EXIT_BYTES)
-    if why is Why.LOCK:
+    if why is LOCK:
         site = vm.watch.site
         assert site is not None
         cpu.admitted = site.address
-        return BusLock(cpl=cpu.registers.cpl)
+        stop = cpu.bus_lock
+        stop.bus_lock = False
+        return stop
     if why is Why.SITE:
         stop = _at_site(vm, cpu)
     elif why is Why.INTERRUPT:

@@ -52,27 +52,28 @@ class X86Guest:
 
     def next_stop(self, vcpu: GuestVcpu) -> Stop:
         """Execute up to the next stop."""
-        cpu = self.cpu
-        if cpu.vm.must_wait(cpu):
-            return self._out(cpu.vm.run(cpu))
-        self._settle(vcpu)
-        stop = cpu.vm.run(cpu, getattr(vcpu, "allowance_ns", None))
-        self._store()
-        return self._out(stop)
-
-    def _out(self, stop: Stop) -> Stop:
-        if isinstance(stop, Executing):
+        cpu, file = self.cpu, self._file
+        vm = cpu.vm
+        if vm.busy and vm.must_wait(cpu):
+            stop = vm.run(cpu)
+        else:
+            if vcpu.rip != self._rip:
+                self._go_elsewhere()
+            file.load(cpu)
+            if cpu.completion is not None:
+                self._complete(vcpu)
+            stop = vm.run(cpu, vcpu.allowance_ns)
+            file.store(cpu)
+            self._rip = vcpu.rip
+        if type(stop) is Executing:
             stop.end = self._withdraw
         return stop
 
     def _withdraw(self) -> None:
         """The vCPU leaves the guest instead of going on."""
         if self.cpu.vm.withdraw(self.cpu):
-            self._store()
-
-    def _store(self) -> None:
-        self._file.store(self.cpu)
-        self._rip = self.cpu.registers.rip
+            self._file.store(self.cpu)
+            self._rip = self.cpu.registers.rip
 
     def deliver_events(self) -> None:
         """KVM is about to deliver what waits: the guest gets it at the next entry."""
@@ -104,21 +105,21 @@ class X86Guest:
         Returns:
             Another access of the same instruction, which is not made before; None: it is done.
         """
-        self._settle(vcpu)
-        stops = self.cpu.stops
+        cpu, stops = self.cpu, self.cpu.stops
+        if not cpu.must_wait:
+            if vcpu.rip != self._rip:
+                self._go_elsewhere()
+            self._file.load(cpu)
+            if cpu.completion is not None:
+                self._complete(vcpu)
+            self._rip = cpu.registers.rip
         return stops.pop(0) if stops and isinstance(stops[0], Mmio | Debug) else None
 
-    def _settle(self, vcpu: GuestVcpu) -> None:
-        cpu = self.cpu
-        if cpu.must_wait:
-            return
-        if vcpu.rip != self._rip:
-            # User space went elsewhere: neither the rest of an instruction nor the leave to take
-            # a bus lock is of any use there.
-            cpu.abandon()
-            cpu.admitted = -1
-        self._file.load(cpu)
-        if cpu.pending:
-            cpu.complete(vcpu.input)
-            self._file.store(cpu)
-        self._rip = cpu.registers.rip
+    def _go_elsewhere(self) -> None:
+        """User space set RIP: what waited for the instruction there is of no use."""
+        self.cpu.abandon()
+        self.cpu.admitted = -1
+
+    def _complete(self, vcpu: GuestVcpu) -> None:
+        self.cpu.complete(vcpu.input)
+        self._file.store(self.cpu)

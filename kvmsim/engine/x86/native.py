@@ -46,7 +46,7 @@ _SEARCH_WORDS = 200
 _WRITES = (20, 22)  # UC_MEM_WRITE_UNMAPPED, UC_MEM_WRITE_PROT
 _RFLAGS = 253
 _OLD_EXCEPTION = 5496
-_CC_SRC, _CC_OP, _STATUS_FLAGS = 152, 168, 0x8D5
+_RIP, _CC_SRC, _CC_OP, _STATUS_FLAGS = 128, 152, 168, 0x8D5
 
 
 def _call(address: int) -> bytes:
@@ -282,6 +282,10 @@ class Native:
         asked.value = self.code.place(owner.kick_stub(words))
         start = self.code.place(owner.start_stub(words, handle, env))
         self.start: Callable[[int], int] = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64)(start)
+        #: The same from where RIP is: an argument takes longer than the call.
+        self.go_on: Callable[[], int] = ctypes.CFUNCTYPE(ctypes.c_int)(
+            self.code.place(b"\x48\xbf" + u64(env + _RIP) + b"\x48\x8b\x3f" + _jump(start))
+        )  # mov rdi, ...; mov rdi, [rdi]
         #: Stop at the start of the next block, from any thread; stays in force until rearmed. It
         #: keeps Python's lock, so that the flag and the request come at one time.
         self.kick = ctypes.PYFUNCTYPE(None)(self.code.place(owner.ask_stub(words)))

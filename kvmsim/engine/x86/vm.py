@@ -50,6 +50,7 @@ BUS_LOCK_NS = 333
 TURNS_UNCHECKED = 16
 #: Single steps that one run() executes, however little code it may execute inline besides.
 STEPS_INLINE = 50
+_HFLAGS = r.HFLAGS // 4
 #: Ends of execution that concern nothing of KVM's: ``work`` goes on after them.
 #: That nobody noted why can only be told here: whether somebody kicked is forgotten afterwards.
 _OWN_BUSINESS = frozenset({Why.NOTHING, Why.NEW_SITES, Why.INVALID, Why.LOCK, Why.LOCKED})
@@ -123,6 +124,7 @@ class X86Vm:
         memory: guest-physical memory.
         policy: see above.
         live: registers of the vCPU that is in the emulator.
+        busy: vCPUs whose turn to execute in :meth:`work` is not over.
 
     Raises:
         ConfigError: Unicorn is not there, or another release.
@@ -146,8 +148,7 @@ class X86Vm:
         self._code_bytes = code_bytes or _room_for_code(slots)
         self._current: Cpu | None = None
         self._stale_translations = False
-        #: vCPUs whose turn to execute in work() has not ended.
-        self._out: set[Cpu] = set()
+        self.busy: set[Cpu] = set()
         self._working: Cpu | None = None
         #: User space may have changed code since that was looked at last.
         self._outside = True
@@ -186,11 +187,6 @@ class X86Vm:
         AWAKE.discard(self)
         self.live = r.Registers(memoryview(bytearray(self._blank)))
         self.unicorn.close()
-
-    @property
-    def busy(self) -> bool:
-        """Whether some vCPU's turn is not over."""
-        return bool(self._out)
 
     # -- memory ----------------------------------------------------------------------------------
 
@@ -294,12 +290,12 @@ class X86Vm:
             bus locks, behind it for HLT and trap-like ones. ``after_ns`` is guest time since the
             last stop; ``insn_len`` is always 0, for RIP is right already.
         """
-        if self._out and self.must_wait(cpu):
+        if self.busy and self.must_wait(cpu):
             return self._hand_out(cpu, self._no_work)
-        if cpu.pending and not cpu.stops and cpu.left is None:
+        if cpu.completion is not None and not cpu.stops and cpu.left is None:
             msg = "the last stop was not completed"
             raise RuntimeError(msg)
-        self._out.discard(cpu)
+        self.busy.discard(cpu)
         if AWAKE.last is not self:
             AWAKE.used(self)
         if self._current is not cpu or self._stale_translations:
@@ -311,15 +307,16 @@ class X86Vm:
         if cpu.lbr is not None or self.branches.active:
             self.branches.watch(cpu)
         stop = self._run(cpu, allowance_ns)
-        if isinstance(stop, BusLock) or stop.bus_lock:
+        alone = type(stop) is BusLock
+        if alone or stop.bus_lock:
             cpu.guest_ns += BUS_LOCK_NS
-        stop.cpl = cpu.registers.cpl
+        stop.cpl = cpu.registers.d[_HFLAGS] & 3
         stop.after_ns = cpu.guest_ns - cpu.stopped_ns if self.paced else 0
         cpu.stopped_ns = cpu.guest_ns
         # Where all is inline, a stop of KVM's own may become one for user space (a signal).
-        inside = isinstance(stop, InKernel) and self.inline_bytes is not None
-        self._outside = self._outside or not inside
-        if self._out and self._out - {cpu}:
+        if alone or self.inline_bytes is None or not isinstance(stop, InKernel):
+            self._outside = True
+        if self.busy and self.busy - {cpu}:
             # KVM may look at it while another one executes.
             self._save()
         return stop
@@ -329,18 +326,19 @@ class X86Vm:
         if allowance_ns is not None:
             given = min(given, allowance_ns * BYTES_PER_NS)
         inline = given if self.inline_bytes is None else min(given, self.inline_bytes)
-        self.meter.start(inline)
+        meter = self.meter
+        meter.start(inline)
         try:
             stop = self._until_stop(cpu, may_execute=inline > 0)
         finally:
-            cpu.guest_ns += self.meter.used() // BYTES_PER_NS
+            cpu.guest_ns += meter.used() // BYTES_PER_NS
         if stop is not None:
             return stop
         return InKernel() if inline == given else self._hand_out(cpu, self.work)
 
     def _until_stop(self, cpu: Cpu, *, may_execute: bool) -> Stop | None:
         """The next stop; None: the allowance is used up before."""
-        stop = None
+        stop: Stop | None = None
         if cpu.left is not None and not cpu.stops:
             (why, status), cpu.left = cpu.left, None
             stop = exits.ended(self, cpu, why, status)
@@ -402,21 +400,23 @@ class X86Vm:
 
     def _step(self, cpu: Cpu) -> Stop | None:
         """Execute until the emulator stops; None: it goes on."""
-        if self.watch.armed or self.accesses.active or not cpu.is_plain:
+        watch = self.watch
+        if watch.armed or self.accesses.active or not cpu.is_plain():
             if debugger.is_needed(cpu):
                 return debugger.step(self, cpu)
-            self.watch.arm(cpu)
-        return exits.ended(self, cpu, *self.watch.execute(cpu))
+            watch.arm(cpu)
+        why, status = watch.execute(cpu)
+        return exits.ended(self, cpu, why, status)
 
     # -- running in another thread -----------------------------------------------------------------
 
     def must_wait(self, cpu: Cpu) -> bool:
         """Whether a vCPU has to wait for its turn: others' turns may be under way."""
-        return bool(self._out) and cpu not in self._out
+        return bool(self.busy) and cpu not in self.busy
 
     def _hand_out(self, cpu: Cpu, work: Callable[[Cpu], None]) -> Executing:
         cpu.kicked = cpu.worked = False
-        self._out.add(cpu)
+        self.busy.add(cpu)
         return Executing(work=lambda: work(cpu), kick=lambda: self.kick(cpu))
 
     def _no_work(self, cpu: Cpu) -> None:
@@ -470,7 +470,7 @@ class X86Vm:
             Whether it has executed since it was handed out. If not, others may be executing, and
             nothing of the emulator may be touched.
         """
-        self._out.discard(cpu)
+        self.busy.discard(cpu)
         self._outside = True
         if not cpu.worked:
             return False
@@ -480,6 +480,6 @@ class X86Vm:
             if stop is not None:
                 cpu.stops.append(stop)
         # Everything else is met again: RIP is at the instruction, which did nothing yet.
-        if self._out and self._current is cpu:
+        if self.busy and self._current is cpu:
             self._save()
         return True

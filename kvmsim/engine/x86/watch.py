@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from kvmsim.engine.base import BusLock
     from kvmsim.engine.x86.cpu import Cpu
     from kvmsim.engine.x86.operands import Operands
+    from kvmsim.engine.x86.policy import Policy
     from kvmsim.engine.x86.registers import Registers
     from kvmsim.engine.x86.vm import X86Vm
 
@@ -67,7 +68,10 @@ class Why(Enum):
     BREAKPOINT = auto()  # in front of an instruction with a breakpoint
 
 
-_FAULTS = (Why.INTERRUPT, Why.INVALID, Why.ACCESS)
+# Every stop comes by here, and to look a member up takes Python 3.11 some 50 ns.
+NOTHING, NEW_SITES, LOCK, LOCKED = Why.NOTHING, Why.NEW_SITES, Why.LOCK, Why.LOCKED
+INTERRUPT, INVALID, ACCESS = Why.INTERRUPT, Why.INVALID, Why.ACCESS
+_RIP, _EFLAGS = RIP // 8, EFLAGS // 8
 
 
 class Watch:
@@ -78,6 +82,7 @@ class Watch:
         operands: memory types of locked operands.
 
     Attributes:
+        armed: there are code breakpoints.
         site: the site at which the emulator stopped.
         vector: of the exception that stopped it.
         access: kind, guest-physical address, size and value of the access that did.
@@ -94,16 +99,17 @@ class Watch:
         self._sites: dict[int, Site] = {}
         self._code = CodeWatch(vm.unicorn.native)
         self._expected = Expected()
-        self._why = Why.NOTHING
+        self._why = NOTHING
         self._new_code: list[tuple[int, int]] = []
         self._flush_code = False
         self._cpu: Cpu | None = None
         self._points: frozenset[int] = frozenset()
         self._points_hooked: set[int] = set()
+        self.armed = False
         native = vm.unicorn.native
         self._lock_code = None
         self._opened = 0
-        self._start = vm.unicorn.start if native is None else native.start
+        self._go_on = self._start_at_rip if native is None else native.go_on
         self._settles = native is not None
         if native is not None:
             address, pages = vm.unicorn.env_address, operands.calm_pages
@@ -123,22 +129,24 @@ class Watch:
     def execute(self, cpu: Cpu) -> tuple[Why, int]:
         """Let the emulator run once; why it stopped and its error number."""
         self._cpu = cpu
-        self._why = Why.NOTHING
+        self._why = NOTHING
         self.site = None
-        self._open(cpu)
-        registers = cpu.registers
-        steps = registers.q[EFLAGS // 8] & FLAG_TF
+        registers, policy = cpu.registers, self._vm.policy
+        fault_like = policy.fault_like
+        self._open(cpu, policy)
+        steps = registers.q[_EFLAGS] & FLAG_TF
         dr6 = registers.debug(6) if steps else 0
-        status = self._start(registers.q[RIP // 8])
-        if self._why is Why.NOTHING and self._expected.lock and not self._vm.policy.fault_like:
-            self._why = Why.LOCKED  # machine code stopped
+        status = self._go_on()
         if self._opened == FAULT_LIKE:
             self._read_admissions(cpu)
+        elif not fault_like and self._why is NOTHING and self._expected.lock:
+            self._why = LOCKED  # machine code stopped
+        why = self._why
         if not self._settles:
             registers.settle_flags(self._unicorn.flags())
-        if self._why in _FAULTS:
+        if why is INTERRUPT or why is INVALID or why is ACCESS:
             self._settle_faulting_flags(registers)
-        if steps and self._why is Why.INTERRUPT and self.vector == DB:
+        if steps and why is INTERRUPT and self.vector == DB:
             # The emulator has set BS; DR6 changes when the #DB is delivered.
             registers.set_debug(6, dr6)
         if self._flush_code:
@@ -149,9 +157,12 @@ class Watch:
                 self._unicorn.drop_code(begin, end)
             self._new_code.clear()
         if self._vm.branches.active:
-            trapped = self._why is Why.INTERRUPT and self.vector == DB
+            trapped = why is INTERRUPT and self.vector == DB
             self._vm.branches.stopped(trapped=trapped)
-        return self._why, status
+        return why, status
+
+    def _start_at_rip(self) -> int:
+        return self._unicorn.start(self._q[_RIP])
 
     def take(self, cpu: Cpu) -> BusLock | None:
         """A bus lock that was expected: taken, if RIP went on. None for one that was admitted."""
@@ -160,8 +171,7 @@ class Watch:
         if not expected.lock:
             return None
         expected.lock = 0
-        registers = cpu.registers
-        if registers.rip == expected.rip:
+        if cpu.registers.q[_RIP] == expected.rip:
             self.fell_short = True
             return None
         if self._vm.policy.fault_like:
@@ -177,11 +187,12 @@ class Watch:
         cpu.admitted = self._expected.admitted = -1
         cpu.bus_locks += 1
 
-    def _open(self, cpu: Cpu) -> None:
+    def _open(self, cpu: Cpu, policy: Policy) -> None:
         """Whether machine code may find bus locks by itself, this time."""
-        opened = 0
-        if not self.stepping and not self._raises_ac(cpu):
-            opened = FAULT_LIKE if self._vm.policy.fault_like else TRAP_LIKE
+        opened = FAULT_LIKE if policy.fault_like else TRAP_LIKE
+        detects = cpu.detects_splits
+        if self.stepping or policy.split_lock_ac or (detects is not None and detects()):
+            opened = 0
         if opened != self._opened:
             self._opened = opened
             self._expected.open = opened
@@ -196,24 +207,16 @@ class Watch:
             cpu.admitted = -1
             expected.passed = 0
         if expected.stopped:
-            self._why, self.site = Why.LOCK, self._sites[expected.stopped]
+            self._why, self.site = LOCK, self._sites[expected.stopped]
             expected.stopped = 0
-
-    @property
-    def armed(self) -> bool:
-        """Whether there are code breakpoints."""
-        return bool(self._points)
 
     def arm(self, cpu: Cpu) -> None:
         """Stop in front of the code breakpoints a vCPU has at this moment, and at no data."""
         self._vm.accesses.rest()
-        if (
-            not self._points
-            and not self._live.q[EFLAGS // 8] & FLAG_RF
-            and not breakpoints.armed(cpu)
-        ):
+        if not self._points and not self._q[_EFLAGS] & FLAG_RF and not breakpoints.armed(cpu):
             return
         self._points = breakpoints.code_addresses(cpu) if breakpoints.armed(cpu) else frozenset()
+        self.armed = bool(self._points)
         if not self._points:
             # Nobody asks, and the emulator would keep it for a whole block.
             self._live.resumed()
@@ -273,7 +276,7 @@ class Watch:
             if self._vm.policy.fault_like:
                 self._confirm()
                 return
-            self._why = Why.LOCKED
+            self._why = LOCKED
             self._unicorn.stop()
         elif site.kind is not Kind.NEXT:
             self._look(site)
@@ -286,7 +289,7 @@ class Watch:
 
     def _at_breakpoint(self, address: int) -> None:
         self._met()
-        if self._why is Why.NOTHING and not self.stepping and self._breaks(address):
+        if self._why is NOTHING and not self.stepping and self._breaks(address):
             self._stop(Why.BREAKPOINT)
 
     def _breaks(self, address: int) -> bool:
@@ -294,7 +297,7 @@ class Watch:
 
     def _look(self, site: Site) -> None:
         self._met()
-        if self.stepping or self._why is not Why.NOTHING:
+        if self.stepping or self._why is not NOTHING:
             return
         if self._expected.lock:
             if self._live.rip == self._expected.rip:
@@ -302,7 +305,7 @@ class Watch:
             elif self._vm.policy.fault_like:
                 self._confirm()
             else:
-                self._stop(Why.LOCKED)
+                self._stop(LOCKED)
                 return
         if site.ambiguous:
             found = self._site_now(site.address)
@@ -363,7 +366,7 @@ class Watch:
             return
         self.site = site
         if self._vm.policy.fault_like and cpu.admitted != site.address:
-            self._stop(Why.LOCK)
+            self._stop(LOCK)
             return
         self._expect(site)
 
@@ -379,7 +382,7 @@ class Watch:
             self._hook(following)
             # Everything goes: the same code may be translated for other address spaces too.
             self._flush_code = True
-            self._stop(Why.NEW_SITES)
+            self._stop(NEW_SITES)
             return
         if self._lock_code is None:
             following.calm = frozenset()
@@ -389,7 +392,7 @@ class Watch:
 
     def _met(self) -> None:
         """Note where execution is, and the operand of flags."""
-        self._expected.met_rip = self._q[RIP // 8]
+        self._expected.met_rip = self._q[_RIP]
         self._expected.met_source = self._q[CC_SRC // 8]
 
     def _note_flags(self) -> None:
@@ -412,30 +415,30 @@ class Watch:
         For the callback the emulator computed them and keeps them as the operand of flags it has
         computed; but at a fault it takes the operand for one of the computation that came before.
         """
-        same = self._expected.met_rip == registers.q[RIP // 8]
+        same = self._expected.met_rip == registers.q[_RIP]
         if same and self._source != self._expected.met_source:
             registers.flags = registers.flags & ~STATUS_FLAGS | self._source & STATUS_FLAGS
 
     def _on_interrupt(self, vector: int) -> None:
         self._note_flags()
         self.vector = vector
-        self._stop(Why.INTERRUPT)
+        self._stop(INTERRUPT)
 
     def _on_invalid(self) -> None:
         self._note_flags()
-        self._stop(Why.INVALID)
+        self._stop(INVALID)
 
     def on_access(self, kind: int, gpa: int, size: int, value: int) -> None:
         """An access does not go through."""
         self._note_flags()
         self.access = (kind, gpa, size, value)
-        self._why = Why.ACCESS
+        self._why = ACCESS
 
     def _on_block_made(self, address: int, size: int) -> None:
         if self._live.checks_alignment and not self._live.flags & FLAG_TF:
             # The vCPU checks alignment since some instruction just now: debugger.is_needed.
             self._new_code.append((address, address + size))
-            self._stop(Why.NEW_SITES)
+            self._stop(NEW_SITES)
             return
         code = self.read_code(address, size, watch=True)
         self._vm.branches.made(address, code)
@@ -464,7 +467,7 @@ class Watch:
             self._sites[at] = site
             self._hook(site)
         self._new_code.append((address, address + size))
-        self._stop(Why.NEW_SITES)
+        self._stop(NEW_SITES)
 
     def _compare(self, site: Site, other: Site | None) -> None:
         """One address, met again in a block: is it the same instruction?"""

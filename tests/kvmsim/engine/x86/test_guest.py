@@ -33,7 +33,7 @@ class Rip:
 def start(make_guest):
     def begin(*code, **options):
         guest = make_guest(PlainPolicy(**options)).long(*code)
-        vcpu = SimpleNamespace(id=0, rip=CODE, input=b"")
+        vcpu = SimpleNamespace(id=0, rip=CODE, input=b"", allowance_ns=None)
         return guest, vcpu, X86Guest(guest.cpu, Rip(vcpu))
 
     return begin
