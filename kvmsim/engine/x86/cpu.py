@@ -65,6 +65,7 @@ class Cpu:
         left: an end of execution in another thread that waits to be acted on: why, and the
             emulator's error number.
         kicked: it is to stop executing in another thread.
+        astray: where the emulator last ended for no known reason, and how often it did there.
         creeps: so many instructions ahead are to be executed one by one.
         worked: it has executed there since it was handed out.
         bus_lock: the stop for a bus lock and nothing else; one is enough.
@@ -99,6 +100,7 @@ class Cpu:
         self.guest_ns = self.stopped_ns = 0
         self.left: tuple[Why, int] | None = None
         self.kicked = self.worked = False
+        self.astray = (-1, 0)
         self.creeps = 0
         self.bus_lock = BusLock()
         self.bus_locks = 0

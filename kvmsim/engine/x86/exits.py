@@ -37,6 +37,8 @@ EXIT_BYTES = 400
 #: More instructions than the emulator translates at a time.
 BLOCK_INSTRUCTIONS = 512
 PAGE = 4096
+#: Ends without a reason at one instruction, after which there is no sense in trying again.
+MOST_ASTRAY = 1000
 #: ``kvm_run.emulation_failure``: suberror and flag (kvm.h).
 EMULATION_FAILED, HAS_INSTRUCTION_BYTES = 1, 1
 
@@ -59,8 +61,20 @@ def ended(vm: X86Vm, cpu: Cpu, why: Why, status: int) -> Stop | None:
         if vm.unicorn.gave_up():
             return gave_up(vm, cpu)
         # HLT is a site and never gets here.
-        return InternalError(suberror=1, data=(0, status, cpu.registers.linear_rip))
+        return _astray(cpu, status)
     return handle(vm, cpu, why)
+
+
+def _astray(cpu: Cpu, status: int) -> InternalError | None:
+    """The emulator ended and nobody knows why; the guest goes on if it does so now and then."""
+    at = cpu.registers.linear_rip
+    last, times = cpu.astray
+    times = times + 1 if at == last else 1
+    if status or times > MOST_ASTRAY:
+        cpu.astray = (-1, 0)
+        return InternalError(suberror=EMULATION_FAILED, data=(0, status, at))
+    cpu.astray = (at, times)
+    return None
 
 
 def needs_nobody(site: Site | None) -> bool:

@@ -100,6 +100,17 @@ class Meter:
         self._given = self._words[0] = size_bytes
         self._words[1] = 0
 
+    def lend(self, size_bytes: int) -> None:
+        """Allow so many bytes more, and forget kicks; less than 0: take them back."""
+        if self._kicks is not None:
+            self._kicks.rearm()
+            if self._next is not None:
+                self._next.value = 0
+            return
+        self._given += size_bytes
+        self._words[0] += size_bytes
+        self._words[1] = 0
+
     def charge(self, size_bytes: int) -> None:
         """Count work that is not code."""
         if self._kicks is not None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 EXCEPTION_IS_INT = 5388 // 4
 #: POPF and IRET.
 LOADS_FLAGS = frozenset({0x9D, 0xCF})
+#: More code than one instruction is charged for.
+_ALLOWANCE_BYTES = 1 << 30
 
 
 def trap(cpu: Cpu) -> None:
@@ -25,7 +27,7 @@ def trap(cpu: Cpu) -> None:
 
 
 def single(vm: X86Vm, cpu: Cpu, *, restores_flags: bool = False) -> Why:
-    """Execute one instruction, unseen by the sites.
+    """Execute one instruction, unseen by the sites, however little the vCPU may execute.
 
     Args:
         vm: the VM.
@@ -37,8 +39,11 @@ def single(vm: X86Vm, cpu: Cpu, *, restores_flags: bool = False) -> Why:
     """
     watch, registers = vm.watch, cpu.registers
     guests, before = registers.flags & r.FLAG_TF, registers.debug(6)
-    why = Why.NEW_SITES
-    while why is Why.NEW_SITES:
+    why, lent_bytes = Why.NEW_SITES, 0
+    while why is Why.NEW_SITES or (why is Why.NOTHING and vm.meter.expired()):
+        if why is Why.NOTHING:
+            vm.meter.lend(_ALLOWANCE_BYTES)
+            lent_bytes += _ALLOWANCE_BYTES
         registers.flags |= r.FLAG_TF
         watch.stepping = True
         try:
@@ -47,6 +52,8 @@ def single(vm: X86Vm, cpu: Cpu, *, restores_flags: bool = False) -> Why:
             watch.stepping = False
         if not restores_flags or why is not Why.INTERRUPT:
             registers.flags &= ~r.FLAG_TF | guests
+    if lent_bytes:
+        vm.meter.lend(-lent_bytes)
     # The emulator derives from flags set from outside what an instruction that loads them leaves.
     registers.flags = registers.flags
     software = registers.d[EXCEPTION_IS_INT]

@@ -5,12 +5,13 @@ import threading
 
 import pytest
 
-from kvmsim.engine.base import BusLock, Executing, Hlt, InKernel, Io, Mmio
+from kvmsim.engine.base import BusLock, Executing, Hlt, InKernel, InternalError, Io, Mmio
 from kvmsim.engine.x86 import registers as r
+from kvmsim.engine.x86 import stepping
 from kvmsim.engine.x86.memory import Slot
 from kvmsim.engine.x86.policy import PlainPolicy
 
-CODE, DATA = 0x1000, 0x8000
+CODE, DATA, STACK = 0x1000, 0x8000, 0x6000
 HLT = "f4"
 SPIN = "48 ff c0 eb fb"  # l: inc rax; jmp l
 COUNT = "ff c9 75 fc f4"  # l: dec ecx; jnz l; hlt
@@ -235,6 +236,55 @@ def test_spin_lock_of_two_vcpus_survives_kicks_at_any_time(make_guest, fault_lik
         kicker.join()
     assert kinds == ({BusLock, Hlt} if offset else {Hlt})
     assert guest.word(DATA + 256) == 3000
+
+
+@pytest.fixture
+def kicked_alone(aside, monkeypatch):
+    """A kick comes in front of each instruction that is executed alone."""
+    single = stepping.single
+
+    def kicked(*args, **kwargs):
+        aside.vm.meter.kick()
+        return single(*args, **kwargs)
+
+    monkeypatch.setattr(stepping, "single", kicked)
+
+
+@pytest.mark.usefixtures("kicked_alone")
+def test_kick_in_front_of_an_access_to_a_device_does_not_repeat_it(aside):
+    aside.long("8b 07 48 ff c0", HLT)  # mov eax, [rdi]; inc rax; hlt
+    aside.q[r.RDI] = 0x100000
+    assert isinstance(until_stop(aside.vm, aside.cpu), Mmio)
+    aside.cpu.complete(b"\x41\0\0\0")
+    assert isinstance(until_stop(aside.vm, aside.cpu), Hlt)
+    assert aside.q[r.RAX] == 0x42
+
+
+@pytest.mark.usefixtures("kicked_alone")
+def test_kick_in_front_of_iret_leaves_nmis_masked_until_it_is_done(aside):
+    aside.long("48 cf")  # iretq
+    for at, word in enumerate((0x2000, 8, 2, STACK, 0x10)):
+        aside.set_word(STACK + 8 * at, word)
+    aside.put(0x2000, HLT)
+    aside.cpu.nmi_masked = True
+    while type(until_stop(aside.vm, aside.cpu)) is InKernel:
+        assert aside.cpu.nmi_masked == (aside.r.rip == CODE)
+    assert (aside.r.rip, aside.cpu.nmi_masked) == (0x2001, False)
+
+
+def test_stop_without_a_reason_is_passed_over(guest, monkeypatch):
+    go_on, ends = guest.vm.watch._go_on, [0]
+    monkeypatch.setattr(guest.vm.watch, "_go_on", lambda: ends.pop() if ends else go_on())
+    assert isinstance(guest.long("90", HLT).run(), Hlt)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_instruction_in_front_of_which_the_emulator_always_stops_is_an_error(
+    guest, monkeypatch, status
+):
+    monkeypatch.setattr(guest.vm.watch, "_go_on", lambda: status)
+    stop = guest.long("90", HLT).run()
+    assert (type(stop), stop.suberror, stop.data) == (InternalError, 1, (0, status, CODE))
 
 
 def kick_until(ended, vm, cpus):
