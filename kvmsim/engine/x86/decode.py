@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 MAX_LENGTH = 15
-REPNE = 0xF2
+REPNE, REP = 0xF2, 0xF3
 SMSW = 4  # in the reg field of 0F 01
 
 #: Set in opcodes behind a VEX prefix: pp << 16, the opcode map << 8, the opcode.
@@ -457,8 +457,20 @@ def is_undefined(found: Instruction) -> bool:
         return bool(found.modrm & 0x38)
     if opcode in {0x0F20, 0x0F22}:
         return found.reg not in _CONTROL_REGISTERS
+    if opcode == 0x0FAE:
+        return _is_fence_of_later_processors(found)
     # MOVBE between registers; with 0xF2 it is CRC32.
     return opcode in {0x0F38F0, 0x0F38F1} and found.operand is None and found.repeat != REPNE
+
+
+def _is_fence_of_later_processors(found: Instruction) -> bool:
+    """Whether it is INCSSP, UMONITOR, UMWAIT or TPAUSE: LFENCE or MFENCE but for a prefix."""
+    if found.operand is not None:
+        return False
+    reg = found.modrm >> 3 & 7
+    return (reg == 5 and found.repeat == REP) or (
+        reg == 6 and (found.repeat != 0 or 0x66 in found.code[:-3])
+    )
 
 
 def shows_system_state(found: Instruction) -> bool:

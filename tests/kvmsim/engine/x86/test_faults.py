@@ -57,12 +57,27 @@ def test_a_stack_that_is_not_canonical_is_a_stack_fault(guest, code, vector):
     assert guest.r.rip == {12: HANDLER, 13: 0x2100}[vector] + 1
 
 
-@pytest.mark.parametrize("code", ["c6 08 01", "c7 c8 01 00 00 00", "8f c8", "0f 38 f0 c8"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("c6 08 01", "c7 c8 01 00 00 00", "8f c8", "0f 38 f0 c8"),
+        *("f3 0f ae f0", "f2 0f ae f0", "66 0f ae f0"),  # umonitor; umwait; tpause
+        "f3 48 0f ae e8",  # incsspq
+    ],
+)
 def test_forms_that_do_not_exist_are_undefined(guest, code):
     guest.long(code, HLT).gate(6, HANDLER)
     guest.put(HANDLER, HLT)
     assert isinstance(guest.run(), Hlt)
     assert guest.r.rip == HANDLER + 1
+
+
+@pytest.mark.parametrize("code", ["0f ae f0", "0f ae e8", "48 0f ae f0", "66 0f ae 37"])
+def test_fences_and_the_write_back_of_a_line_exist(guest, code):
+    guest.long(code, HLT)
+    guest.q[r.RDI] = 0x8000
+    assert isinstance(guest.run(), Hlt)
+    assert guest.r.rip == 0x1001 + len(bytes.fromhex(code))
 
 
 def test_crc32_and_movbe_exist(guest):
