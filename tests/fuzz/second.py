@@ -1,8 +1,9 @@
 """The second engine: Bochs, in processes that may die.
 
 ``python -m fuzz.second`` reads pickled cases from its standard input and answers with pickled
-outcomes. Each guest runs in a fork: the package keeps one processor per process, dies of I/O and of
-triple faults, and does not notice code the host changes.
+outcomes. Guests run in a fork, one after the other, until one ends it: the package dies of triple
+faults, and of long repetitions that a timer stops. The package has one processor, which is reset
+for each of them, and does not notice code the host changes: what it keeps of code is forgotten.
 """
 
 import ctypes
@@ -23,6 +24,12 @@ INSTRUCTIONS = 120
 SECONDS = 0.3
 NAMES = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
+RESET = "_ZN8BX_CPU_C5resetEj"
+FORGET_CODE = "_Z12flushICachesv"
+RESET_HARDWARE = 11
+GP = 13
+#: Exit status of a fork that has answered and cannot serve another guest.
+SPENT = 9
 PORTS = frozenset({0x6C, 0x6D, 0x6E, 0x6F, 0xE4, 0xE5, 0xE6, 0xE7, 0xEC, 0xED, 0xEE, 0xEF})
 
 
@@ -36,24 +43,68 @@ def load():
     return bochscpu
 
 
-class Run:
-    """One guest in this process, which ends with it."""
+class Engine:
+    """The package, and what all guests of a process share.
 
-    def __init__(self, bochs, case, answer):
+    Attributes:
+        ram: memory.
+        last: called with the outcome of a guest that ends the process; does not return.
+    """
+
+    def __init__(self, bochs, last):
         self.bochs = bochs
-        self.case = case
-        self.answer = answer
+        self.last = last
         self.ram = mmap.mmap(-1, RAM_BYTES)
+        # What a guest is given instead of memory that is not there, when it has ended by that.
+        self._spare = mmap.mmap(-1, PAGE)
+        self._spare_pages = []
+        library = ctypes.CDLL(bochs._bochscpu.__file__)
+        self._library = library
+        self._cpu = ctypes.addressof(ctypes.c_char.in_dll(library, "bx_cpu"))
+        self.session = bochs.Session()
+        first = self._address(self.ram)
+        for page in range(0, RAM_BYTES, PAGE):
+            bochs.memory.page_insert(page, first + page)
+
+    @staticmethod
+    def _address(memory):
+        return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+    def run(self, case):
+        """The outcome of a guest."""
+        self._library.cpu_clear_killbit(0)
+        getattr(self._library, RESET)(ctypes.c_void_p(self._cpu), RESET_HARDWARE)
+        getattr(self._library, FORGET_CODE)()
+        guest = Run(self, case)
+        guest.go()
+        for gpa in self._spare_pages:
+            self.bochs.memory.page_remove(gpa)
+        self._spare_pages.clear()
+        return guest.outcome
+
+    def spare(self, gpa):
+        """Have some memory at an address until the guest ends."""
+        page = gpa & -PAGE
+        self._spare_pages.append(page)
+        self.bochs.memory.page_insert(page, self._address(self._spare))
+
+
+class Run:
+    """One guest."""
+
+    def __init__(self, engine, case):
+        self.engine = engine
+        self.bochs = engine.bochs
+        self.case = case
+        self.ram = engine.ram
         self.before = bytes(image(case))
         self.ram[:] = self.before
-        self.session = bochs.Session()
+        self.session = engine.session
         self.executed = []
         self.undefined = 0
         self.known = set()
         self.faults = 0
-        first = ctypes.addressof(ctypes.c_char.from_buffer(self.ram))
-        for page in range(0, RAM_BYTES, PAGE):
-            bochs.memory.page_insert(page, first + page)
+        self.outcome = None
 
     def go(self):
         bochs, case = self.bochs, self.case
@@ -82,7 +133,8 @@ class Run:
         hook.hlt = lambda _session, _cpu: self._end("hlt")
         hook.exception = self._exception
         self.session.run([hook])
-        self._end("skip", "stopped by itself")
+        if self.outcome is None:
+            self._end("skip", "stopped by itself")
 
     def _segment(self, selector, base, limit, rights):
         segment = self.bochs.Segment()
@@ -92,17 +144,25 @@ class Run:
         return segment
 
     def _missing(self, gpa):
-        self._end("mmio", f"{gpa:#x}")
+        # The package does not stop here, and confuses the next stop with one that was asked for.
+        self._end("mmio", f"{gpa:#x}", stops=False)
+        self.engine.spare(gpa)
 
     def _exception(self, _session, _cpu, vector, _code):
+        if self.outcome is not None:
+            self.session.stop()
+            return
         self.faults += 1
         # The third in a row ends the processor, and the package with it.
         if self.faults == 3:
             self._end("shutdown", f"vector {vector}")
 
-    def _before(self, session, _cpu, _instruction):
+    def _before(self, _session, _cpu, _instruction):
+        if self.outcome is not None:
+            self.session.stop()
+            return
         self.faults = 0
-        state = session.cpu
+        state = self.session.cpu
         cs = state.cs
         hidden = cs.attr
         mode = 32 if hidden & 1 << 14 else 16
@@ -112,17 +172,24 @@ class Run:
         found = d.decode(self.ram, at, mode) if at < RAM_BYTES else None
         if len(self.executed) >= INSTRUCTIONS:
             self._end("limit")
-        if found is None:
+        elif found is None:
             self.executed.append(-1)
             self.known.update(explanations_of_bytes(bytes(self.ram[at : at + 15]), mode))
-            return
+        else:
+            self._note(found, mode)
+
+    def _note(self, found, mode):
         self.executed.append(found.opcode)
         self._explain(found, mode)
         if NOT_COMPARED(found):
             self._end("skip", f"{found.opcode:x} {found.modrm:x}")
-        if found.opcode in PORTS and not found.locked and self._may_use_ports(session):
-            self._end("io")
-        if self.undefined & reads_flags(found):
+        elif found.opcode in PORTS and not found.locked:
+            if self._may_use_ports():
+                self._end("io")
+            else:
+                # The package dies of looking at the map of ports. All TSSs have an empty one.
+                self.session.cpu.set_exception(GP, 0)
+        elif self.undefined & reads_flags(found):
             self._end("skip", "reads undefined flags")
         self.undefined |= undefined_flags(found)
 
@@ -134,15 +201,17 @@ class Run:
             explanations(Seen(found, mode, general, segments, state.rip, state.rflags))
         )
 
-    def _may_use_ports(self, session):
-        state = session.cpu.state
+    def _may_use_ports(self):
+        state = self.session.cpu.state
         if not state.cr0 & 1:
             return True
         return (state.cs.selector & 3) <= (state.rflags >> 12 & 3)
 
-    def _end(self, kind, detail=""):
+    def _end(self, kind, detail="", *, stops=True):
+        if self.outcome is not None:
+            return
         state = self.session.cpu.state
-        outcome = Outcome(
+        self.outcome = Outcome(
             kind,
             detail,
             state.rip,
@@ -155,49 +224,59 @@ class Run:
             self.executed,
             sorted(self.known),
         )
-        with os.fdopen(self.answer, "wb") as pipe:
-            pickle.dump(outcome, pipe)
-        os._exit(0)
+        if stops:
+            self.session.stop()
 
     @staticmethod
     def _shown(segment):
         return (segment.selector, segment.base, segment.limit, segment.attr << 8 & 0xF0FF00)
 
 
-def run_case(bochs, case):
-    """Run a guest in a fork."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        silent = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silent, 1)
-        os.dup2(silent, 2)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+def answer_cases(bochs, answers):
+    """Answer cases in this process until the input ends."""
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+
+    def answer(outcome):
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        pickle.dump(outcome, answers)
+        answers.flush()
+
+    def last(outcome):
+        answer(outcome)
+        os._exit(SPENT)
+
+    engine = Engine(bochs, last)
+    # Unbuffered: what comes after a case is for another fork if this one ends.
+    cases = os.fdopen(os.dup(0), "rb", buffering=0)
+    while True:
         try:
-            Run(bochs, case, writer).go()
-        finally:
-            os._exit(3)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        data = pipe.read()
-    _pid, status = os.waitpid(child, 0)
-    if data and not status:
-        return pickle.loads(data)
-    return Outcome("skip", f"died: {status}")
+            case = pickle.load(cases)
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        answer(engine.run(case))
 
 
 def serve():
-    """Answer cases until the input ends."""
+    """Answer cases, in one fork after the other, until the input ends."""
     bochs = load()
     answers = os.fdopen(os.dup(1), "wb")
     while True:
-        try:
-            case = pickle.load(sys.stdin.buffer)
-        except EOFError:
+        child = os.fork()
+        if child == 0:
+            try:
+                answer_cases(bochs, answers)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        _pid, status = os.waitpid(child, 0)
+        if not status:
             return
-        pickle.dump(run_case(bochs, case), answers)
-        answers.flush()
+        if os.waitstatus_to_exitcode(status) != SPENT:
+            pickle.dump(Outcome("skip", f"died: {status}"), answers)
+            answers.flush()
 
 
 if __name__ == "__main__":
