@@ -77,7 +77,7 @@ def intercept(vcpu: Vcpu) -> bool:
     The stop stays, for the instruction's next try.
     """
     vcpu.intercepted = True
-    vcpu.intercepted_rip = linear_rip(vcpu)
+    vcpu.intercepted_rip = vcpu.rip
     vcpu.remaining_ns = 0
     vcpu.owed = True
     if vcpu.bus_lock_exit:
@@ -92,12 +92,10 @@ def compare_rip(vcpu: Vcpu) -> None:
     """First KVM_RUN after a fault-like exit: credit if the guest is still at the instruction.
 
     Linux 6.16 svm.c ``complete_userspace_buslock``. Without credit the instruction is not about to
-    be executed, so nothing is owed for it.
+    be executed, so nothing is owed for it. To KVM the RIP of an encrypted guest is always 0.
     """
-    if not vcpu.compare_due:
-        return
     vcpu.compare_due = False
-    if linear_rip(vcpu) == vcpu.intercepted_rip:
+    if vcpu.rip == vcpu.intercepted_rip or vcpu.vm.es_active:
         vcpu.bus_lock_counter = 1
     else:
         vcpu.bus_lock_counter = 0
@@ -109,7 +107,7 @@ def execute_intercepted(vcpu: Vcpu, now_ns: int) -> None:
     vcpu.intercepted = False
     stop = vcpu.stop
     assert stop is not None
-    if linear_rip(vcpu) != vcpu.intercepted_rip:
+    if vcpu.rip != vcpu.intercepted_rip and not vcpu.vm.es_active:
         vcpu.stop = None
         return
     vcpu.bus_lock_counter = 0
@@ -124,13 +122,8 @@ def execute_intercepted(vcpu: Vcpu, now_ns: int) -> None:
 def perform(vcpu: Vcpu, cpl: int, now_ns: int) -> None:
     """The lock is on the bus: every other CPU of the machine stalls."""
     vcpu.bus_locks += 1
-    if vcpu.debug is not None:
+    if cpl and vcpu.debug is not None:
         debug.bus_lock(vcpu.debug, cpl)
     on_bus_lock = vcpu.vm.on_bus_lock
     if on_bus_lock is not None:
         on_bus_lock(vcpu, now_ns)
-
-
-def linear_rip(vcpu: Vcpu) -> int:
-    """RIP as KVM can read it: 0 for a guest whose register state is encrypted."""
-    return 0 if vcpu.vm.es_active else vcpu.rip
