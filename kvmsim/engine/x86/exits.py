@@ -21,7 +21,7 @@ from kvmsim.engine.x86.backend import ACCESS_FETCHES
 from kvmsim.engine.x86.delivery import AC, BP, DB, GP, PF, UD, Event, Fault
 from kvmsim.engine.x86.sites import Kind
 from kvmsim.engine.x86.stepping import EXCEPTION_IS_INT, trap
-from kvmsim.engine.x86.watch import LOCK, NEW_SITES, NOTHING, Why
+from kvmsim.engine.x86.watch import INTERRUPT, LOCK, NEW_SITES, NOTHING, Why
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +45,9 @@ EMULATION_FAILED, HAS_INSTRUCTION_BYTES = 1, 1
 #: RDTSC and MOV DR (which only read what KVM has), SYSRET, SYSENTER, INVD, WBINVD, XSAVE and its
 #: like; XGETBV and RDTSCP. SYSCALL of 32-bit code is different on each vendor's processors.
 _ALONE = frozenset({0x0F31, 0x0F21, 0x0F23, 0x0F07, SYSENTER, 0x0F08, 0x0F09, xsave.OPCODE})
+_EFLAGS = r.EFLAGS // 8
+# Every exit comes by here, and to look a member up takes Python 3.11 some 50 ns.
+SITE, SENSITIVE = Why.SITE, Kind.SENSITIVE
 EXTENDED, _ALONE_EXTENDED = 0x0F01, frozenset({0xD0, 0xF9})
 
 
@@ -131,7 +134,6 @@ def emulation_failed(vm: X86Vm, cpu: Cpu) -> InternalError:
 
 def handle(vm: X86Vm, cpu: Cpu, why: Why) -> Stop | None:
     """What an end of execution means; None: the guest goes on."""
-    stop: Stop | None = None
     if why is not NEW_SITES:
         vm.meter.charge(EXIT_BYTES)
     if why is LOCK:
@@ -141,18 +143,18 @@ def handle(vm: X86Vm, cpu: Cpu, why: Why) -> Stop | None:
         stop = cpu.bus_lock
         stop.bus_lock = False
         return stop
-    if why is Why.SITE:
-        stop = _at_site(vm, cpu)
-    elif why is Why.INTERRUPT:
-        stop = _interrupted(vm, cpu)
-    elif why is Why.BREAKPOINT:
+    if why is SITE:
+        return _at_site(vm, cpu)
+    if why is INTERRUPT:
+        return _interrupted(vm, cpu)
+    if why is Why.BREAKPOINT:
         payload = breakpoints.code_payload(cpu, cpu.registers.linear_rip)
         return breakpoints.raise_db(cpu, payload, fault=True)
-    elif why is Why.INVALID:
+    if why is Why.INVALID:
         cpu.queue(Event(UD))
     elif why is Why.ACCESS:
-        stop = _no_memory(vm, cpu)
-    return stop
+        return _no_memory(vm, cpu)
+    return None
 
 
 def _no_memory(vm: X86Vm, cpu: Cpu) -> Stop | None:
@@ -182,15 +184,24 @@ def _at_site(vm: X86Vm, cpu: Cpu) -> Stop | None:
     site = vm.watch.site
     assert site is not None
     assert site.found is not None
-    if site.kind is Kind.UNDEFINED:
+    kind = site.kind
+    if kind is SENSITIVE:
+        return _execute_site(vm, cpu, site)
+    return _at_other_site(vm, cpu, site)
+
+
+def _at_other_site(vm: X86Vm, cpu: Cpu, site: Site) -> Stop | None:
+    assert site.found is not None
+    kind = site.kind
+    if kind is Kind.UNDEFINED:
         cpu.queue(Event(UD))
-    elif site.kind in {Kind.MAPPING, Kind.SYSTEM_STATE}:
+    elif kind in {Kind.MAPPING, Kind.SYSTEM_STATE}:
         cpu.queue(Event(GP))
-    elif site.kind is Kind.LOCK:
+    elif kind is Kind.LOCK:
         if not vm.policy.split_lock_ac:
             return SplitLockAc(cpl=cpu.registers.cpl)
         cpu.queue(Event(AC))
-    elif site.kind is Kind.WINDOW:
+    elif kind is Kind.WINDOW:
         why = stepping.single(vm, cpu, restores_flags=site.found.opcode != STI)
         if why is not Why.NOTHING:
             return handle(vm, cpu, why)
@@ -228,14 +239,15 @@ def _execute_site(vm: X86Vm, cpu: Cpu, site: Site) -> Stop | None:
     if site.found.locked:
         cpu.queue(Event(UD))
         return None
-    stepped = bool(cpu.registers.flags & r.FLAG_TF)
-    at = cpu.registers.linear_rip
+    registers = cpu.registers
+    stepped = bool(registers.q[_EFLAGS] & r.FLAG_TF)
+    at = registers.linear_rip
     try:
         stop = instructions.execute(cpu, site.found)
     except Fault as fault:
         return raise_fault(cpu, fault)
     if site.found.opcode in {SYSCALL, SYSENTER}:
-        vm.branches.far(at, cpu.registers.linear_rip)
+        vm.branches.far(at, registers.linear_rip)
     elif site.found.opcode == WRMSR:
         vm.branches.watch(cpu)
     hits = 0

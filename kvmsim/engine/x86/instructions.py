@@ -72,9 +72,12 @@ def _require_ring_0(cpu: Cpu) -> None:
 def _check_port(cpu: Cpu, port: int, size: int) -> None:
     """I/O privilege and the permission bitmap of the task."""
     registers = cpu.registers
-    level = registers.flags >> r.FLAG_IOPL_SHIFT & 3
-    virtual = bool(registers.flags & r.FLAG_VM)
-    if not registers.cr0 & 1 or (registers.cpl <= level and not virtual):
+    if not registers.cr0 & 1:
+        return
+    flags = registers.flags
+    level = flags >> r.FLAG_IOPL_SHIFT & 3
+    virtual = bool(flags & r.FLAG_VM)
+    if registers.cpl <= level and not virtual:
         return
     task = registers.segment(r.TR)
     if not task.rights & 1 << 11 or task.limit < 103:

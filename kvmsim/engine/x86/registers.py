@@ -34,6 +34,7 @@ DR7, DR7_ENABLED = 5456, 0xFF
 RIP, EFLAGS, CC_SRC, CC_OP = _RIP, _EFLAGS, _CC_SRC, _CC_OP
 SEGMENTS = 184
 _SEGMENT_BYTES = 24
+_CS_BASE = SEGMENTS + _SEGMENT_BYTES * CS + 8
 _CR, _EFER, _XMM = 424, 592, 824
 _SYSENTER_CS, _SYSENTER_ESP, _SYSENTER_EIP = 4800, 4808, 4816
 _STAR, _LSTAR, _CSTAR, _FMASK, _KERNEL_GS = 4824, 4840, 4848, 4856, 4864
@@ -43,7 +44,7 @@ _TSC_AUX, _PAT, _ERROR_CODE, _DR = 4896, 5280, 5384, 5400
 RIGHTS_S, RIGHTS_P, RIGHTS_L, RIGHTS_DB, RIGHTS_G = 1 << 12, 1 << 15, 1 << 21, 1 << 22, 1 << 23
 _RIGHTS = 0x00F0_FF00
 
-_HF_INHIBIT, _HF_COPIED = 1 << 3, ~0x0042_FFF3
+_HF_INHIBIT, _HF_CS64, _HF_COPIED = 1 << 3, 1 << 15, ~0x0042_FFF3
 _CC_OP_EFLAGS = 1
 
 
@@ -198,9 +199,7 @@ class Registers:
 
     def segment(self, number: int) -> Segment:
         """A segment or table register."""
-        at = SEGMENTS + _SEGMENT_BYTES * number
-        selector, limit, rights = (self.d[(at + skip) // 4] for skip in (0, 16, 20))
-        return Segment(selector & 0xFFFF, self.q[(at + 8) // 8], limit, rights & _RIGHTS)
+        return Segment(*self.descriptor(number))
 
     def descriptor(self, number: int) -> tuple[int, int, int, int]:
         """The same as plain numbers: selector, base, limit, access rights."""
@@ -231,7 +230,7 @@ class Registers:
     def mode(self) -> int:
         """Bits of the code segment: 16, 32 or 64."""
         hidden = self.d[_HFLAGS // 4]
-        if hidden & 1 << 15:
+        if hidden & _HF_CS64:
             return 64
         return 32 if hidden & 1 << 4 else 16
 
@@ -249,15 +248,16 @@ class Registers:
     @property
     def linear_rip(self) -> int:
         """Linear address of the next instruction."""
-        if self.mode == 64:
-            return self.rip
-        return (self.rip + self.segment(CS).base) & U32
+        if self.d[_HFLAGS // 4] & _HF_CS64:
+            return self.q[_RIP // 8]
+        return (self.q[_RIP // 8] + self.q[_CS_BASE // 8]) & U32
 
     def advance(self, length: int) -> None:
         """RIP moves past an instruction; the interrupt shadow and the resume flag end."""
-        self.rip = (self.rip + length) & (U64 if self.mode == 64 else U32)
-        self.resumed()
-        self.shadow = False
+        q, d = self.q, self.d
+        q[_RIP // 8] = (q[_RIP // 8] + length) & (U64 if d[_HFLAGS // 4] & _HF_CS64 else U32)
+        q[_EFLAGS // 8] &= ~FLAG_RF
+        d[_HFLAGS // 4] &= ~_HF_INHIBIT
 
     def resumed(self) -> None:
         """The resume flag has done its duty."""
