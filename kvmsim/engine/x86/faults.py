@@ -30,6 +30,7 @@ _BOTH = frozenset(
         *(0x0FA4, 0x0FA5, 0x0FAC, 0x0FAD),
     )
 )
+_PRIVILEGED = {0x0F00: frozenset({2, 3}), 0x0F01: frozenset({2, 3, 6, 7})}
 ARPL = 0x63
 SETCC = 0x0F9  # 0F 90 to 0F 9F
 _ROTATES = frozenset({0xC0, 0xC1, 0xD0, 0xD1, 0xD2, 0xD3})
@@ -60,7 +61,9 @@ def corrected(cpu: Cpu, vector: int, code: int, found: d.Instruction | None) -> 
     arpl = found.opcode == ARPL and found.operand is not None and cpu.registers.mode != 64
     if vector == PF and not code & PF_WRITE and (arpl or reads_and_writes(found)):
         return vector, code | PF_WRITE
-    if vector == GP and not code and cpu.registers.mode == 64 and _lost_its_stack(cpu, found):
+    if vector != GP or code or _is_refused(cpu, found):
+        return vector, code
+    if cpu.registers.mode == 64 and _lost_its_stack(cpu, found):
         return SS, 0
     return vector, code
 
@@ -91,6 +94,16 @@ def computes_flags(found: d.Instruction, operation: int) -> bool:
     condition = found.opcode >> 1 & 7
     compared = operation in _SUBTRACTIONS
     return condition in _ALWAYS_COMPUTED or (condition in _ELSE_COMPUTED and not compared)
+
+
+def _is_refused(cpu: Cpu, found: d.Instruction) -> bool:
+    """Whether it is #GP outside ring 0, before its operand is looked at.
+
+    LLDT, LTR; LGDT, LIDT, LMSW, INVLPG.
+    """
+    return bool(cpu.registers.cpl) and (found.modrm >> 3 & 7) in _PRIVILEGED.get(
+        found.opcode, frozenset()
+    )
 
 
 def _lost_its_stack(cpu: Cpu, found: d.Instruction) -> bool:

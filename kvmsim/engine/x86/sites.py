@@ -36,6 +36,7 @@ class Kind(Enum):
     MAPPING = auto()  # changes address translation
     SYSTEM_STATE = auto()  # shows it, unless CR4.UMIP forbids that
     DESCRIPTOR = auto()  # may lock a descriptor
+    FLAGS = auto()  # has the emulator settle its lazy flags
     NEXT = auto()  # nothing: a bus lock may just have been taken before it
 
 
@@ -56,6 +57,7 @@ class Site:
             every execution is to be looked at.
         room: greatest offset into a cache line at which the operand does not cross into the next.
         ambiguous: the address holds different code at times; look again.
+        exchanges_pairs: see the function.
     """
 
     address: int
@@ -67,6 +69,7 @@ class Site:
     calm: Set[int] = field(default_factory=frozenset)
     room: int = 0
     ambiguous: bool = False
+    exchanges_pairs: bool = field(init=False)
 
     @property
     def size(self) -> int:
@@ -78,6 +81,9 @@ class Site:
         """Linear address of the instruction behind it."""
         found = self.found
         return self.address if found is None else self.address + len(found.code)
+
+    def __post_init__(self) -> None:
+        self.exchanges_pairs = self.found is not None and exchanges_pairs(self.found)
 
 
 def kind_of(found: d.Instruction) -> Kind | None:
@@ -94,13 +100,24 @@ def kind_of(found: d.Instruction) -> Kind | None:
         return Kind.SYSTEM_STATE if d.shows_system_state(found) else Kind.DESCRIPTOR
     if (control and found.opcode == 0x0F22) or _is_invlpg(found):
         return Kind.MAPPING
-    return Kind.WINDOW if found.opcode in RESTORE_FLAGS else None
+    if found.opcode in RESTORE_FLAGS:
+        return Kind.WINDOW
+    return Kind.FLAGS if exchanges_pairs(found) else None
 
 
 def _does_not_exist(found: d.Instruction) -> bool:
     if found.opcode >= d.VEX:
         return not vex.is_move(found)
     return d.is_undefined(found) or (found.locked and not d.is_lockable(found))
+
+
+def exchanges_pairs(found: d.Instruction) -> bool:
+    """Whether it is CMPXCHG8B or CMPXCHG16B.
+
+    The emulator computes their flags from ``cc_op``, which the translated code has not stored when
+    an instruction before them in their block changed it (Unicorn 2.1.4, ``translate.c``).
+    """
+    return found.opcode == 0x0FC7 and found.operand is not None and found.modrm >> 3 & 7 == 1
 
 
 def _is_invlpg(found: d.Instruction) -> bool:

@@ -72,6 +72,8 @@ class Why(Enum):
 NOTHING, NEW_SITES, LOCK, LOCKED = Why.NOTHING, Why.NEW_SITES, Why.LOCK, Why.LOCKED
 INTERRUPT, INVALID, ACCESS = Why.INTERRUPT, Why.INVALID, Why.ACCESS
 _RIP, _EFLAGS = RIP // 8, EFLAGS // 8
+#: The emulator's ``cc_op`` of flags that are not to be computed.
+_FLAGS_ARE_SETTLED = 1
 
 
 class Watch:
@@ -238,7 +240,7 @@ class Watch:
         if self._hook_machine_code(site):
             return
         watch = site.watch
-        if watch is not None:
+        if watch is not None and not site.exchanges_pairs:
             site.calm = self._operands.calm
             self._unicorn.hook_code(watch(self._q, site, self._look), site.address)
         elif site.kind is Kind.NEXT:
@@ -254,7 +256,7 @@ class Watch:
             callback = self._unicorn.callback(lambda: self._behind(site))
             self._unicorn.hook_code_at(self._lock_code.behind(callback), site.address)
             return True
-        if site.kind is not Kind.LOCK:
+        if site.kind is not Kind.LOCK or site.exchanges_pairs:
             return False
         callback = self._unicorn.callback(lambda: self._look(site))
         code = self._lock_code.in_front(site, callback)
@@ -316,7 +318,9 @@ class Watch:
             self._stop(Why.BREAKPOINT)
             return
         kind = site.kind
-        if kind in LOCKS:
+        if site.exchanges_pairs and self._live.d[CC_OP // 4] != _FLAGS_ARE_SETTLED:
+            self._stop(NEW_SITES)  # it is met again, with flags that are settled
+        elif kind in LOCKS:
             self._look_at_operand(site)
         elif kind in ENGINES or self._refused(site) or self._window_asked(site):
             self.site = site

@@ -149,3 +149,24 @@ def test_an_instruction_tried_again_after_its_page_fault_has_its_flags(guest, be
     guest.ram[0x9000] = 1 if code.startswith("c0 17") else 0
     assert isinstance(guest.run(), Hlt)
     assert guest.ram[0x9000] == result
+
+
+@pytest.mark.parametrize("code", ["0f c7 0f", "48 0f c7 0f", "f0 0f c7 0f"])
+@pytest.mark.parametrize(("before", "flags"), [("00 c8", 0x11), ("3c 02", 0x90), ("f9", 0x01)])
+def test_comparing_and_exchanging_pairs_changes_no_flag_but_zero(guest, before, flags, code):
+    guest.long(before, "b8 00 00 00 00", code, "9c", HLT)  # pushf
+    guest.q[r.RAX], guest.q[r.RCX], guest.q[r.RDI] = 0xF1, 0x1F, 0x8010
+    guest.set_word(0x8010, 0x77)
+    assert isinstance(guest.run(), Hlt)
+    assert guest.word(guest.q[r.RSP], 8) & ~4 == 2 | flags
+
+
+@pytest.mark.parametrize("code", ["0f 01 7d 00", "0f 01 55 00", "0f 00 5d 00"])
+def test_privileged_instructions_of_ring_3_are_gp_wherever_their_operand_is(guest, code):
+    # invlpg [rbp]; lgdt; ltr
+    guest.long(code, HLT, ring=3).gate(12, HANDLER).gate(13, 0x2100)
+    guest.put(HANDLER, HLT)
+    guest.put(0x2100, HLT)
+    guest.q[r.RBP] = BAD
+    assert isinstance(guest.run(), Hlt)
+    assert guest.r.rip == 0x2101
