@@ -95,7 +95,8 @@ def boot(shell, initramfs, processor, nr_cpus):
         f"-accel kvm -M pc,bus-lock-ratelimit=1000000000 -cpu {processor} -smp {nr_cpus} -m 256"
         f" -nodefaults -no-reboot -display none -serial stdio -kernel {KERNEL} -initrd {initramfs}"
     )
-    words = "console=ttyS0 panic=-1 nokaslr quiet loglevel=5"
+    # On a busy machine a clock may take longer to read than the kernel believes.
+    words = "console=ttyS0 panic=-1 tsc=reliable quiet loglevel=5"
     done = subprocess.run(
         ["kvmsim", "run", "--cgroup", "/tenant", "--", QEMU, *options.split(), "-append", words],
         cwd=shell.home,
