@@ -173,8 +173,7 @@ def _exits_per_second(preset: str, nr_exits: int) -> float:
     image[:] = rom
     roms = [Slot(base, memoryview(image), read_only=True) for base in (0xF0000, 0xFFFF0000)]
     emulator = attach(vm, [vcpu], [Slot(0, memoryview(ram)), *roms])
-    now_ns = 0
-    start = 0.0
+    now_ns, start, wanted = 0, 0.0, Exit.X86_BUS_LOCK
     for number in range(nr_exits + 100):
         if number == 100:
             start = time.process_time()  # nothing in here waits
@@ -183,7 +182,7 @@ def _exits_per_second(preset: str, nr_exits: int) -> float:
             assert isinstance(blocked, InGuest)
             now_ns += blocked.guest_ns
             blocked = vcpu.resume(now_ns)
-        if vcpu.run.exit_reason != Exit.X86_BUS_LOCK:
+        if vcpu.run.exit_reason != wanted:
             raise worlds.MissingWorldError(f"exit {vcpu.run.exit_reason}")
     seconds = time.process_time() - start
     emulator.close()
