@@ -1,11 +1,14 @@
 """Where the two engines part, and why that is known.
 
 A guest that executes one of these instructions in one of these ways is not held against either
-engine. Each says what a processor does, as far as that is known.
+engine: in some of them only a register or flags are left out, in others what comes after may be
+different altogether. Each says what a processor does, as far as that is known.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from fuzz.opcodes import STATUS
 
 from kvmsim.engine.x86 import decode as d
 
@@ -17,8 +20,17 @@ SSE = frozenset(
 ) | frozenset(range(0x0FD0, 0x1000))
 #: MOVUPS, MOVUPD, MOVDQU, LDDQU take any address, but for an alignment check.
 MOVBE = frozenset({0x0F38F0, 0x0F38F1})
+SAVES_SEGMENT = frozenset({0x06, 0x0E, 0x16, 0x1E, 0x0FA0, 0x0FA8})
+#: By opcode, the reg fields with a memory operand of x87 instructions that store numbers or status,
+#: or may load a control word that unmasks exceptions. All others show nothing of what they do.
+_X87_SHOWS = {
+    0xD9: frozenset({2, 3, 4, 5, 6}),
+    0xDB: frozenset({1, 2, 3, 7}),
+    0xDD: frozenset({1, 2, 3, 4, 6, 7}),
+    0xDF: frozenset({1, 2, 3, 6, 7}),
+}
 STRINGS = frozenset({0xA4, 0xA5, 0xA6, 0xA7, 0xAA, 0xAB, 0xAC, 0xAD, 0xAE, 0xAF})
-PORTS = frozenset({0x6C, 0x6D, 0x6E, 0x6F})
+STRING_PORTS = frozenset({0x6C, 0x6D, 0x6E, 0x6F})
 STACK = frozenset(
     (*range(0x50, 0x62), 0x68, 0x6A, 0x8F, 0x9C, 0x9D, 0xC2, 0xC3, 0xC8, 0xC9, 0xCA, 0xCB, 0xCF)
 ) | {0x06, 0x07, 0x0E, 0x16, 0x17, 0x1E, 0x1F, 0xE8, 0x9A, 0xFF, 0x0FA0, 0x0FA1, 0x0FA8, 0x0FA9}
@@ -94,22 +106,45 @@ def _operand_outside(seen):
 def _implied_outside(seen):
     """Operands that the opcode implies: of strings, and on the stack."""
     found, general = seen.found, seen.general
-    if found.opcode in STRINGS | PORTS | {0xD7}:
+    if found.opcode in STRINGS | STRING_PORTS | {0xD7}:
         mask = (1 << found.address_bits) - 1
         source = d.DS if found.segment == d.NONE else found.segment
         places = ((source, general[6] & mask), (d.ES, general[7] & mask))
         return not all(seen.may_access(number, at, FRAME) for number, at in places)
     if found.opcode in STACK:
         wide = seen.segments[2][3] & 0x40_0000 and seen.mode != 16
-        pointer = general[4] & (0xFFFF_FFFF if wide else 0xFFFF)
-        return not seen.may_access(2, pointer, FRAME) or pointer < FRAME
+        pointers = [general[n] & (0xFFFF_FFFF if wide else 0xFFFF) for n in _stack_pointers(found)]
+        return any(not seen.may_access(2, at, FRAME) or at < FRAME for at in pointers)
     return False
 
 
+def _stack_pointers(found):
+    """Numbers of the registers whose stack it uses: RSP, and RBP of LEAVE."""
+    return (4, 5) if found.opcode == 0xC9 else (4,)
+
+
 def _branches_out(seen):
-    """A near branch of real or protected mode that may leave its segment."""
+    """A near branch of 32 bits in a segment of 64 KiB; those of 16 bits cannot leave it."""
     limit = seen.segments[1][2]
-    return seen.mode != 64 and seen.found.opcode in NEAR and limit == 0xFFFF
+    wide = seen.found.bits == 32
+    return seen.mode != 64 and seen.found.opcode in NEAR and limit == 0xFFFF and wide
+
+
+def _x87_shows(seen):
+    """x87 instructions that show what is on the register stack, or may unmask exceptions."""
+    opcode, reg = seen.found.opcode, seen.found.modrm >> 3 & 7
+    if seen.found.operand is not None:
+        return reg in _X87_SHOWS.get(opcode, frozenset())
+    # FUCOMI and FCOMI, with and without POP; FNSTSW AX.
+    return (opcode in {0xDB, 0xDF} and reg in {5, 6}) or (opcode == 0xDF and reg == 4)
+
+
+def _zero_source(seen):
+    """BSF or BSR of a register that is 0, or of memory, which may be."""
+    found = seen.found
+    if found.opcode not in {0x0FBC, 0x0FBD}:
+        return False
+    return found.operand is not None or not seen.general[found.rm] & (1 << found.bits) - 1
 
 
 def _misaligned_sse(seen):
@@ -131,11 +166,15 @@ class Explanation:
         name: what it is about.
         reason: who is right, and why it stays.
         applies: whether an instruction meets it.
+        flags: status flags that are not compared; the rest of the guest is.
+        spares: names of differences that do not count; others do.
     """
 
     name: str
     reason: str
     applies: "Callable[[Seen], bool]"
+    flags: int = 0
+    spares: frozenset[str] = frozenset()
 
 
 EXPLAINED = (
@@ -158,7 +197,7 @@ EXPLAINED = (
     Explanation(
         "x87",
         "Unicorn does not notice an empty or full register stack.",
-        lambda seen: 0xD8 <= seen.found.opcode <= 0xDF,
+        _x87_shows,
     ),
     Explanation(
         "LAR",
@@ -211,6 +250,7 @@ EXPLAINED = (
             seen.found.opcode in {0xC4, 0xC5, 0x0FB2, 0x0FB4, 0x0FB5, 0xCA, 0xCB, 0xCF, 0xA6, 0xA7}
             or (seen.found.opcode == 0xFF and seen.found.modrm & 0x38 in {0x18, 0x28})
         ),
+        spares=frozenset({"cr2"}),
     ),
     Explanation(
         "RET that drops more than 32767 bytes",
@@ -230,7 +270,7 @@ EXPLAINED = (
     Explanation(
         "BSF and BSR of zero",
         "The destination is undefined (SDM volume 2A).",
-        lambda seen: seen.found.opcode in {0x0FBC, 0x0FBD},
+        _zero_source,
     ),
     Explanation(
         "two mandatory prefixes",
@@ -259,8 +299,7 @@ EXPLAINED = (
         "segment registers on the stack",
         "Processors read and write 16 bits of the slot (SDM volume 2B, PUSH), Unicorn all of it.",
         lambda seen: (
-            seen.found.opcode
-            in {0x06, 0x07, 0x0E, 0x16, 0x17, 0x1E, 0x1F, 0x0FA0, 0x0FA1, 0x0FA8, 0x0FA9}
+            seen.found.opcode in SAVES_SEGMENT and seen.found.bits > 16 and seen.mode != 64
         ),
     ),
     Explanation(
@@ -301,7 +340,28 @@ EXPLAINED = (
     Explanation(
         "string input that faults",
         "The second engine is stopped in front of ports: it dies of them.",
-        lambda seen: seen.found.opcode in PORTS,
+        lambda seen: seen.found.opcode in STRING_PORTS,
+    ),
+    Explanation(
+        "CMPXCHG of 32-bit registers",
+        "Whether the upper half of the destination is cleared when they are not equal, the manuals"
+        " do not say. Unicorn clears it, Bochs does not.",
+        lambda seen: (
+            seen.found.opcode == 0x0FB1
+            and seen.found.operand is None
+            and seen.found.bits == 32
+            and seen.mode == 64
+        ),
+    ),
+    Explanation(
+        "flags of LOCK NEG",
+        "Unicorn computes them from the operand as it was before.",
+        lambda seen: (
+            seen.found.opcode in {0xF6, 0xF7}
+            and seen.found.modrm & 0x38 == 0x18
+            and bool(seen.found.locked)
+        ),
+        flags=STATUS,
     ),
     Explanation(
         "reserved bits of CR0",
@@ -324,5 +384,5 @@ def explanations_of_bytes(code, mode):
 
 
 def explanations(seen):
-    """Names of the known differences an instruction may meet."""
-    return [known.name for known in EXPLAINED if known.applies(seen)]
+    """The known differences an instruction may meet."""
+    return [known for known in EXPLAINED if known.applies(seen)]

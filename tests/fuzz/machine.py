@@ -78,7 +78,8 @@ class Outcome:
         pages: content of the pages that changed.
         undefined: flags the processor leaves undefined after what was executed.
         executed: opcodes executed, as far as the second engine noted them.
-        known: names of the explanations that may apply.
+        known: names of the explanations that may apply to the whole of it.
+        spared: names of differences that are explained.
     """
 
     kind: str
@@ -92,6 +93,7 @@ class Outcome:
     undefined: int = 0
     executed: list[int] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
+    spared: list[str] = field(default_factory=list)
 
 
 def _put(ram, at, value, size=8):

@@ -102,7 +102,7 @@ class Run:
         self.session = engine.session
         self.executed = []
         self.undefined = 0
-        self.known = set()
+        self.known, self.spared = set(), set()
         self.faults = 0
         self.outcome = None
 
@@ -197,9 +197,13 @@ class Run:
         state = self.session.cpu.state
         general = [getattr(state, name) for name in NAMES]
         segments = [self._shown(getattr(state, name)) for name in SEGMENTS]
-        self.known.update(
-            explanations(Seen(found, mode, general, segments, state.rip, state.rflags))
-        )
+        seen = Seen(found, mode, general, segments, state.rip, state.rflags)
+        for known in explanations(seen):
+            if known.flags or known.spares:
+                self.undefined |= known.flags
+                self.spared |= known.spares
+            else:
+                self.known.add(known.name)
 
     def _may_use_ports(self):
         state = self.session.cpu.state
@@ -223,6 +227,7 @@ class Run:
             self.undefined,
             self.executed,
             sorted(self.known),
+            sorted(self.spared),
         )
         if stops:
             self.session.stop()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kvmsim.engine.x86.sites import Site
     from kvmsim.engine.x86.vm import X86Vm
 
-IRET, STI, SYSCALL, SYSENTER, WRMSR = 0xCF, 0xFB, 0x0F05, 0x0F34, 0x0F30
+INT1, IRET, STI, SYSCALL, SYSENTER, WRMSR = 0xF1, 0xCF, 0xFB, 0x0F05, 0x0F34, 0x0F30
 #: What an exception, or an instruction the engine executes, costs, in bytes of code.
 EXIT_BYTES = 400
 #: More instructions than the emulator translates at a time.
@@ -240,7 +240,8 @@ def _execute_site(vm: X86Vm, cpu: Cpu, site: Site) -> Stop | None:
         cpu.queue(Event(UD))
         return None
     registers = cpu.registers
-    stepped = bool(registers.q[_EFLAGS] & r.FLAG_TF)
+    # INT1 raises its own #DB, which clears TF: none comes behind it (SDM volume 3, 18.3.1.4).
+    stepped = bool(registers.q[_EFLAGS] & r.FLAG_TF) and site.found.opcode != INT1
     at = registers.linear_rip
     try:
         stop = instructions.execute(cpu, site.found)

@@ -301,6 +301,13 @@ def test_an_event_queued_with_a_trap_comes_behind_it(guest):
     assert guest.q[r.RBX] == 2
 
 
+def test_a_single_step_into_int1_is_one_exception(guest):
+    handled(guest.long("f1", HLT))
+    guest.r.flags |= r.FLAG_TF
+    assert isinstance(guest.run(), Hlt)
+    assert guest.q[r.RBX] == 1
+
+
 def test_a_far_return_of_real_mode_is_right_behind_a_guest_that_was_watched(guest):
     guest.long("89 07", HLT)
     guest.q[r.RDI] = DATA
