@@ -13,7 +13,7 @@ import pytest
 from selftests import source, worlds
 from sessions.session import why_no_fuse
 
-TIMEOUT_S = 60
+TIMEOUT_S = 100
 
 
 @pytest.fixture(scope="module", params=["linux", "milan509-es99", "spr-buslock"])

@@ -32,7 +32,7 @@ def test_bios_starts_processors_and_reads_a_disk_by_interrupts(make_host, disk, 
     devices = f"-chardev file,id=log,path={log} -device isa-debugcon,iobase=0x402,chardev=log"
     devices += f" -device isa-debug-exit,iobase=0xf4,iosize=1 -drive format=raw,file={disk}"
     command = f"{QEMU} {OPTIONS} -M {machine} -smp 2 {devices}"
-    assert host.run("timeout", "60", *command.split()) == EXITED
+    assert host.run("timeout", "100", *command.split()) == EXITED
     text = log.read_text()
     assert "Found 2 cpu(s) max supported 2 cpu(s)" in text
     assert "Booting from 0000:7c00" in text

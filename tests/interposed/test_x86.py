@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 VENDORS = ["spr-buslock", "turin1006"]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
@@ -71,5 +72,5 @@ def test_aligned_locked_code_takes_no_bus_lock(make_host, compiled, capfd, prese
 def test_client_ends_while_its_guest_executes_and_nothing_stays(host, compiled, capfd, how, status):
     began = time.monotonic()
     assert host.run(compiled("code"), "forever", how) == status
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     assert capfd.readouterr() == ("", "")
