@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from typing import TYPE_CHECKING, Final
+from weakref import WeakValueDictionary
 
 from kvmsim.interpose.executor import Executor, Stuck, Watchdog
 from kvmsim.interpose.guest_memory import GuestMemory
 from kvmsim.kvm.x86.guest import CodeGuests
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import mmap
+    from collections.abc import Callable, MutableMapping
 
     from kvmsim.interpose.clients import Thread
     from kvmsim.interpose.remap import Remap
@@ -34,6 +36,7 @@ class CodeVm:
         vm: the VM.
         loop: time of the host.
         watchdog: for code that is executed on the event loop.
+        shared: see ``GuestMemory``.
 
     Attributes:
         memory: its memory.
@@ -42,8 +45,10 @@ class CodeVm:
 
     __slots__ = ("_loop", "executor", "memory")
 
-    def __init__(self, vm: Vm, loop: RunLoop, watchdog: Watchdog) -> None:
-        self.memory = GuestMemory(vm)
+    def __init__(
+        self, vm: Vm, loop: RunLoop, watchdog: Watchdog, shared: MutableMapping[int, mmap.mmap]
+    ) -> None:
+        self.memory = GuestMemory(vm, shared)
         self.executor = Executor(loop, watchdog, self.bring, self._after)
         self._loop = loop
 
@@ -78,6 +83,7 @@ class CodeVms:
             on_missing=_say,
         )
         self._vms: dict[Vm, CodeVm] = {}
+        self._shared: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
         self._watchdog = Watchdog()
         self._switch_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S)
@@ -90,7 +96,7 @@ class CodeVms:
         """What belongs to a VM."""
         found = self._vms.get(vm)
         if found is None:
-            found = self._vms[vm] = CodeVm(vm, self._loop, self._watchdog)
+            found = self._vms[vm] = CodeVm(vm, self._loop, self._watchdog, self._shared)
         return found
 
     def pause(self, vm: Vm) -> None:
@@ -131,9 +137,11 @@ class CodeVms:
             guest.executor.pause()
             guest.take_back()
             replace = remap()
-            text = thread.text("maps").decode(errors="replace")
-            memory.update(thread.process.pid, text, replace)
-            self._guests.memory_changed(vm)
+            found = memory.update(
+                thread.process.pid, lambda: thread.text("maps").decode(errors="replace"), replace
+            )
+            if found:
+                self._guests.memory_changed(vm)
             if replace.answered:
                 return False
         guest.bring()

@@ -138,16 +138,26 @@ class Watchdog:
                 nr_short = self._short.qsize()
                 time.sleep(self.PERIOD_S)
                 for _ in range(nr_short):
-                    self._short.get_nowait().kick()
+                    _kick(self._short.get_nowait())
                 seen = self._watched
                 looks = looks + 1 if seen is None else 0
                 if seen is not None and seen is last and seen is not self._kicked:
                     self._kicked = seen
-                    seen.kick()
+                    _kick(seen)
                 last = seen
+            # A guest that is gone is not kept, with all its memory.
+            self._kicked = last = seen = None
             self._wanted.clear()
             if self._watched is not None or self._short.qsize():  # it came in between
                 self._wanted.set()
+
+
+def _kick(what: Executing | Turn) -> None:
+    """Kick, whatever comes of it: without this thread guests would keep the event loop."""
+    try:
+        what.kick()
+    except Exception:
+        log.exception("a guest cannot be kicked")
 
 
 class Executor(Scheduled):

@@ -21,7 +21,7 @@ from kvmsim.interpose.remap import NAME, Range
 from kvmsim.kvm import memslots
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, MutableMapping
 
     from kvmsim.interpose.maps import Mapping
     from kvmsim.interpose.remap import Remap, Replaced
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 SHARED: Final = "shared"
 COPIED: Final = "copied"
+
+TRIES: Final = 4
+"""How often to begin replacing pages before they are copied."""
 
 PAGE_BYTES: Final = 4096
 _COMPARED_AT_ONCE: Final = 1 << 16
@@ -99,15 +102,16 @@ class GuestMemory:
 
     Args:
         vm: the VM.
-
-    Attributes:
-        generation: of the memory slots, as of the last look; -1: never looked.
+        shared: pages that took the place of clients', of all VMs, by the inode of their memfd: two
+            VMs may have the same ones.
     """
 
-    __slots__ = ("_copies", "_generation", "_lent", "_ours", "_vm")
+    __slots__ = ("_copies", "_generation", "_lent", "_ours", "_shared", "_tries", "_vm")
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Vm, shared: MutableMapping[int, mmap.mmap]) -> None:
         self._vm = vm
+        self._shared = shared
+        self._tries = 0
         self._generation = -1
         self._lent = False
         self._ours: dict[int, mmap.mmap] = {}
@@ -133,31 +137,42 @@ class GuestMemory:
                 sizes[COPIED if copied else SHARED] += len(view)
         return sizes
 
-    def update(self, pid: int, text: str, remap: Remap | None) -> None:
+    def update(self, pid: int, text: Callable[[], str], remap: Remap | None) -> bool:
         """Find the pages of every slot that is new.
+
+        Where replacing pages was begun and did not work out, the slots are to be looked at again
+        at the client's next call; after ``TRIES`` of them pages are copied.
 
         Args:
             pid: the client.
             text: of its /proc/PID/maps.
             remap: replaces private pages, which answers the client's call; None: copy them.
+
+        Returns:
+            Whether they were found.
         """
         slots = memslots.of(self._vm)
         new = [slot for slot in slots.slots.values() if slot.pages is None]
-        mappings = list(maps.parse(text))
-        stretches = {slot.number: list(_stretches(mappings, slot)) for slot in new}
-        private = _private(
-            stretch
-            for found in stretches.values()
-            for stretch in found
-            if self._must_be_replaced(stretch.mapping)
-        )
-        replaced = remap(private) if remap is not None and private else None
+        stretches: dict[int, list[Stretch]] = {}
+
+        def find() -> list[Range]:
+            mappings = list(maps.parse(text()))
+            stretches.update((slot.number, list(_stretches(mappings, slot))) for slot in new)
+            return self._private(stretches)
+
+        replaced = remap(find) if find() and remap is not None else None
         if replaced is not None:
             self._ours[replaced.inode] = replaced.pages
+            self._shared[replaced.inode] = replaced.pages
+        elif remap is not None and remap.answered:
+            self._tries += 1
+            if self._tries % TRIES:
+                return False
         for slot in new:
             slot.pages = tuple(self._pages(pid, stretches[slot.number], replaced))
         self._generation = slots.generation
         self._forget_copies()
+        return True
 
     def bring(self) -> None:
         """Copy in, before guest code executes. What the client took away stays as it was."""
@@ -181,12 +196,30 @@ class GuestMemory:
         self._ours.clear()
         self._copies.clear()
 
+    def _private(self, stretches: dict[int, list[Stretch]]) -> list[Range]:
+        """What there is to replace."""
+        return _private(
+            stretch
+            for found in stretches.values()
+            for stretch in found
+            if self._must_be_replaced(stretch.mapping)
+        )
+
+    def _known(self, mapping: Mapping) -> mmap.mmap | None:
+        """The pages behind a mapping, if they took the place of the client's."""
+        if mapping.name != _OURS:
+            return None
+        pages = self._shared.get(mapping.inode)
+        if pages is not None:
+            self._ours[mapping.inode] = pages
+        return pages
+
     def _must_be_replaced(self, mapping: Mapping) -> bool:
         if mapping.name.startswith(_NEVER_REPLACED):
             return False
         if mapping.shared:
             # Ours once, let go of meanwhile; there is no other way to them.
-            return mapping.name == _OURS and mapping.inode not in self._ours
+            return mapping.name == _OURS and self._known(mapping) is None
         return True
 
     def _pages(
@@ -203,7 +236,7 @@ class GuestMemory:
                 if part.address <= address and address + size_bytes <= part.end:
                     return memoryview(replaced.pages)[base + address - part.address :]
         if mapping.shared:
-            pages = self._ours.get(mapping.inode) if mapping.name == _OURS else None
+            pages = self._known(mapping)
             if pages is not None:
                 return memoryview(pages)[mapping.offset + address - mapping.start :]
             pages = map_shared(pid, mapping, address, size_bytes)
@@ -249,7 +282,14 @@ def _private(stretches: Iterator[Stretch]) -> list[Range]:
                 end = max(end, last.end)
                 ranges.pop()
         ranges.append(
-            Range(start, end - start, mapping.readable, mapping.writable, not mapping.inode)
+            Range(
+                start,
+                end - start,
+                mapping.readable,
+                mapping.writable,
+                mapping.executable,
+                not mapping.inode,
+            )
         )
     return ranges
 

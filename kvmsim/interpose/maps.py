@@ -18,6 +18,7 @@ class Mapping:
         end: first address behind it.
         readable: pages may be read.
         writable: pages may be written.
+        executable: pages hold code.
         shared: MAP_SHARED.
         offset: of ``start`` in the file.
         inode: of the file; 0 for anonymous memory.
@@ -28,6 +29,7 @@ class Mapping:
     end: int
     readable: bool
     writable: bool
+    executable: bool
     shared: bool
     offset: int
     inode: int
@@ -45,6 +47,7 @@ def parse(text: str) -> Iterator[Mapping]:
             end=int(end, 16),
             readable=modes[0] == "r",
             writable=modes[1] == "w",
+            executable=modes[2] == "x",
             shared=modes[3] == "s",
             offset=int(fields[2], 16),
             inode=int(fields[4]),

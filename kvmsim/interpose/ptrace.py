@@ -17,16 +17,25 @@ from kvmsim.errors import KvmError
 from kvmsim.interpose import memory
 from kvmsim.interpose.libc import checked
 
-PTRACE_SINGLESTEP: Final = 9
 PTRACE_GETREGS: Final = 12
 PTRACE_SETREGS: Final = 13
 PTRACE_DETACH: Final = 17
+PTRACE_SYSCALL: Final = 24
 PTRACE_SEIZE: Final = 0x4206
 PTRACE_INTERRUPT: Final = 0x4207
+PTRACE_GETSIGMASK: Final = 0x420A
+PTRACE_SETSIGMASK: Final = 0x420B
 
 _WALL: Final = 0x4000_0000
 _SYSCALL: Final = b"\x0f\x05"
-_STEPS: Final = 16
+_STOPS: Final = 16
+
+#: PTRACE_O_TRACESYSGOOD, and how a stop at a system call then looks.
+_TELL_CALLS: Final = 1
+_SIGTRAP: Final = 5
+_CALL_STOP: Final = _SIGTRAP | 0x80
+
+_SIGNALS_BYTES: Final = 8  # of a set of signals
 
 # struct user_regs_struct, in 64-bit words.
 _REGS: Final = struct.Struct("=27Q")
@@ -48,13 +57,14 @@ class Tracee:
         OSError: EPERM it is traced already or not ours to trace; ESRCH it is gone.
     """
 
-    __slots__ = ("_signal", "_stopped", "number")
+    __slots__ = ("_signal", "_status", "_stopped", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self._signal = 0
+        self._status = 0
         self._stopped = False
-        _ptrace(PTRACE_SEIZE, number)
+        _ptrace(PTRACE_SEIZE, number, _TELL_CALLS)
 
     def interrupt(self) -> None:
         """Let it stop as soon as it can."""
@@ -73,8 +83,9 @@ class Tracee:
             raise ProcessLookupError(ESRCH, f"thread {self.number} ended")
         os.waitpid(self.number, os.WUNTRACED | _WALL)
         self._stopped = True
-        if seen.si_code == os.CLD_TRAPPED and 0 < seen.si_status < 0x80 and seen.si_status != 5:
-            self._signal = seen.si_status  # caught on its way; delivered by detach
+        self._status = status = seen.si_status
+        if seen.si_code == os.CLD_TRAPPED and 0 < status < 0x80:
+            self._signal = status  # caught on its way; delivered by detach
 
     def detach(self) -> None:
         """Let it go on by itself. Nothing, if it has ended."""
@@ -85,6 +96,9 @@ class Tracee:
 
     def call(self, number: int, *arguments: int) -> int:
         """Let a thread that has just returned from a system call make another one.
+
+        Signals wait meanwhile: one that was caught at a stop of another kind would be lost, or
+        come without what was sent along.
 
         Returns:
             What the call returned, negative errno included.
@@ -99,22 +113,39 @@ class Tracee:
         registers[_RIP] = before[_RIP] - len(_SYSCALL)
         for register, value in zip(_ARGUMENTS, arguments, strict=False):
             registers[register] = value
+        blocked = self._block_signals()
         self._set_registers(registers)
         try:
-            for _ in range(_STEPS):
-                _ptrace(PTRACE_SINGLESTEP, self.number)
-                self._stopped = False
-                self.wait()
-                after = self._registers()
-                if after[_RIP] == before[_RIP]:
-                    break
-            else:
-                raise PermissionError(EPERM, "the call was not made")
+            self._to_call_stop()  # on its way in
+            self._to_call_stop()
+            result = self._registers()[_RAX]
         finally:
             if self._stopped:
                 self._set_registers(before)
-        result = after[_RAX]
+                self._signals(PTRACE_SETSIGMASK, blocked)
         return result - (1 << 64) if result >> 63 else result
+
+    def _to_call_stop(self) -> None:
+        """Let it go on to the next end of a system call, or to the beginning of one."""
+        for _ in range(_STOPS):
+            _ptrace(PTRACE_SYSCALL, self.number)
+            self._stopped = False
+            self.wait()
+            if self._status == _CALL_STOP:
+                return
+        raise PermissionError(EPERM, "the call was not made")
+
+    def _block_signals(self) -> int:
+        """Let all signals wait; the mask that held."""
+        blocked = self._signals(PTRACE_GETSIGMASK, 0)
+        self._signals(PTRACE_SETSIGMASK, (1 << 64) - 1)
+        return blocked
+
+    def _signals(self, request: int, mask: int) -> int:
+        """Get or set the mask of blocked signals."""
+        buffer = ctypes.c_uint64(mask)
+        _ptrace(request, self.number, ctypes.addressof(buffer), _SIGNALS_BYTES)
+        return buffer.value
 
     def repeat(self, number: int) -> None:
         """Let a thread that has just returned from a system call make it once more.
@@ -158,5 +189,5 @@ class Tracee:
         _ptrace(PTRACE_SETREGS, self.number, ctypes.addressof(buffer))
 
 
-def _ptrace(request: int, thread: int, data: int = 0) -> None:
-    checked(int(_libc.ptrace(request, thread, None, data or None)))
+def _ptrace(request: int, thread: int, data: int = 0, address: int = 0) -> None:
+    checked(int(_libc.ptrace(request, thread, address or None, data or None)))

@@ -40,6 +40,9 @@ _PAGE_BYTES: Final = 4096
 _PRESENT_OR_SWAPPED: Final = 0b11 << 62
 _PAGES_AT_ONCE: Final = 1 << 14
 
+#: States of threads that have ended: a first thread stays until the others have.
+_ENDED: Final = (b"Z", b"X", b"")
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -50,6 +53,7 @@ class Range:
         size_bytes: of all.
         readable: how they are mapped.
         writable: likewise.
+        executable: likewise.
         anonymous: no file is behind them: pages not there yet are zero.
     """
 
@@ -57,6 +61,7 @@ class Range:
     size_bytes: int
     readable: bool
     writable: bool
+    executable: bool
     anonymous: bool
 
     @property
@@ -80,6 +85,21 @@ class Replaced:
     done: Mapping[Range, int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """Pages that hold what the client's do.
+
+    Attributes:
+        ranges: where those are.
+        pages: all of them, range after range.
+        installed: number of their memfd in the client.
+    """
+
+    ranges: Sequence[Range]
+    pages: mmap.mmap
+    installed: int
+
+
 class Remap:
     """One replacement, for a thread that waits for its answer.
 
@@ -89,6 +109,7 @@ class Remap:
         waiting: further threads that wait for an answer.
         install: gives the waiting thread a copy of a descriptor; its number there.
         answer: answers the call.
+        interrupted: the call is not made again: its caller hears of a signal.
 
     Attributes:
         answered: the call is answered, whether or not pages were replaced.
@@ -101,6 +122,7 @@ class Remap:
         waiting: Collection[int],
         install: Callable[[int], int],
         answer: Callable[[], object],
+        interrupted: Callable[[], None],
     ) -> None:
         self.answered = False
         self._pid = pid
@@ -108,63 +130,79 @@ class Remap:
         self._waiting = waiting
         self._install = install
         self._answer = answer
+        self._interrupted = interrupted
 
-    def __call__(self, ranges: Sequence[Range]) -> Replaced | None:
-        """Replace ranges; None if that cannot be done."""
+    def __call__(self, find: Callable[[], Sequence[Range]]) -> Replaced | None:
+        """Replace ranges; None if that cannot be done.
+
+        Args:
+            find: finds them, once nobody can change them any more.
+        """
         if self._stuck_threads():
             return None
         memfd = os.memfd_create(NAME, os.MFD_CLOEXEC)
         others: dict[int, Tracee] = {}
+        repeated = False
         try:
-            os.ftruncate(memfd, sum(part.size_bytes for part in ranges))
-            pages = mmap.mmap(memfd, 0)
             others[self._thread] = caller = Tracee(self._thread)
-            installed = self._prepare(others, ranges, pages, memfd)
+            filled = self._prepare(others, find, memfd)
             # It stops on its way back from the call, so that takes the answer in any case.
             caller.interrupt()
             self._answer()
             self.answered = True
             caller.wait()
-            done = _map(caller, ranges, installed) if installed >= 0 else {}
+            if filled is not None and caller.has_signal:
+                filled = None  # nothing else may be made of this stop
+            done = {} if filled is None else _map(caller, filled.ranges, filled.installed)
             if not caller.has_signal and not pending(_text(self._thread, "status")):
                 caller.repeat(NR_IOCTL)
+                repeated = True
+            if filled is None:
+                return None
+            return Replaced(filled.pages, os.fstat(memfd).st_ino, done)
         except OSError:
             return None
-        else:
-            return Replaced(pages, os.fstat(memfd).st_ino, done)
         finally:
             os.close(memfd)
+            if self.answered and not repeated:
+                self._interrupted()
             for thread in others.values():
                 thread.detach()
 
     def _prepare(
-        self, others: dict[int, Tracee], ranges: Sequence[Range], pages: mmap.mmap, memfd: int
-    ) -> int:
-        """Stop everybody else and copy; the memfd's number in the client, -1 if that failed."""
+        self, others: dict[int, Tracee], find: Callable[[], Sequence[Range]], memfd: int
+    ) -> _Filled | None:
+        """Stop everybody else and copy; None if that failed."""
         try:
             self._stop_others(others)
+            ranges = find()
+            if not ranges:
+                return None
+            os.ftruncate(memfd, sum(part.size_bytes for part in ranges))
+            pages = mmap.mmap(memfd, 0)
             base = 0
             for part in ranges:
                 for offset, size_bytes in self._filled(part):
                     address = part.address + offset
                     memory.read_into(self._thread, address, pages, base + offset, size_bytes)
                 base += part.size_bytes
-            return self._install(memfd)
+            return _Filled(ranges, pages, self._install(memfd))
         except (OSError, KvmError):
-            return -1
+            return None
 
     def _filled(self, part: Range) -> Iterator[tuple[int, int]]:
         if part.anonymous:
-            return _filled(self._pid, part.address, part.size_bytes)
+            return _filled(self._thread, part.address, part.size_bytes)
         return iter([(0, part.size_bytes)])
 
     def _stop_others(self, others: dict[int, Tracee]) -> None:
         """Stop every thread that could run; OSError when new ones keep coming."""
+        ended: set[int] = set()
         for _ in range(_ROUNDS):
             new = [
                 number
                 for number in self._threads()
-                if number not in others and number not in self._waiting
+                if number not in others and number not in ended and number not in self._waiting
             ]
             if not new:
                 return
@@ -175,6 +213,10 @@ class Remap:
                     thread.wait()
                 except ProcessLookupError:
                     others.pop(number, None)
+                except PermissionError:
+                    if _state(number) not in _ENDED:
+                        raise
+                    ended.add(number)
         raise BlockingIOError(EBUSY, "the client makes threads faster than they are stopped")
 
     def _stuck_threads(self) -> bool:
@@ -197,7 +239,11 @@ def _map(caller: Tracee, ranges: Sequence[Range], installed: int) -> dict[Range,
     done: dict[Range, int] = {}
     offset = 0
     for part in ranges:
-        protection = mmap.PROT_READ * part.readable | mmap.PROT_WRITE * part.writable
+        protection = (
+            mmap.PROT_READ * part.readable
+            | mmap.PROT_WRITE * part.writable
+            | mmap.PROT_EXEC * part.executable
+        )
         flags = mmap.MAP_SHARED | _MAP_FIXED
         address = part.address
         mapped = caller.call(
@@ -210,9 +256,9 @@ def _map(caller: Tracee, ranges: Sequence[Range], installed: int) -> dict[Range,
     return done
 
 
-def _filled(pid: int, address: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+def _filled(thread: int, address: int, size_bytes: int) -> Iterator[tuple[int, int]]:
     """The parts of a range that hold something: (offset, bytes)."""
-    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    pagemap = os.open(f"/proc/{thread}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for first in range(0, size_bytes // _PAGE_BYTES, _PAGES_AT_ONCE):
             nr_pages = min(_PAGES_AT_ONCE, size_bytes // _PAGE_BYTES - first)

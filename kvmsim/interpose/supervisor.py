@@ -336,14 +336,18 @@ class Supervisor:
 
         def again() -> None:
             # Unless it is made to try again, it hears of a signal, as there may be one.
-            vcpu.run.u32[U32_EXIT_REASON] = Exit.INTR
             self.listener.answer(number, 0, EINTR)
+
+        def interrupted() -> None:
+            if not vcpu.run.immediate_exit:
+                vcpu.run.u32[U32_EXIT_REASON] = Exit.INTR
 
         def remap() -> Remap:
             waiting = self.parked.threads() | {late[1] for late in self._late}
             pid = thread.process.pid
+            others = waiting - {tid}
             return Remap(
-                pid, tid, waiting - {tid}, lambda fd: self.listener.install(number, fd), again
+                pid, tid, others, lambda fd: self.listener.install(number, fd), again, interrupted
             )
 
         try:

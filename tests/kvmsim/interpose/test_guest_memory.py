@@ -32,8 +32,10 @@ class Remapped:
     def __init__(self, *, done=True):
         self.asked = []
         self.done = done
+        self.answered = False
 
-    def __call__(self, ranges):
+    def __call__(self, find):
+        ranges = find()
         self.asked.append([(part.address, part.size_bytes) for part in ranges])
         if not self.done:
             return None
@@ -54,7 +56,7 @@ class Client:
         roots = Roots([MISC])
         machine = Machine(load("lab-intel"), roots, CgroupAccounting(roots))
         self.vm = System(machine).create_vm()
-        self.memory = GuestMemory(self.vm)
+        self.memory = GuestMemory(self.vm, {})
 
     def slot(self, number, hva, pages, gpa=None):
         slot = memslots.Slot(number, (gpa or number << 20), pages * PAGE, hva)
@@ -62,7 +64,7 @@ class Client:
         return slot
 
     def update(self, remap=None):
-        self.memory.update(ME, Path("/proc/self/maps").read_text(), remap)
+        self.memory.update(ME, Path("/proc/self/maps").read_text, remap)
 
 
 @pytest.fixture
