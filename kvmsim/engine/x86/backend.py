@@ -162,13 +162,21 @@ class Unicorn:
         self._value_at = ctypes.addressof(self._value)
         self._keep: list[Any] = []
         self._mmio_callbacks: dict[int, Any] = {}
-        with _small_pages(lib):
-            self._ctl(_CTL_CPU_MODEL, _CPU_SKYLAKE_SERVER)
-            self._ctl(_CTL_TCG_BUFFER, code_bytes)
-            self._ctl(_CTL_USE_EXITS, 1)
-            address = self.env_address = self._find_env()
-            self._map_state(address)
-            self._prime()
+        self.native: native.Native | None = None
+        try:
+            with _small_pages(lib):
+                self._begin(code_bytes)
+        except BaseException:
+            self._free()
+            raise
+
+    def _begin(self, code_bytes: int) -> None:
+        self._ctl(_CTL_CPU_MODEL, _CPU_SKYLAKE_SERVER)
+        self._ctl(_CTL_TCG_BUFFER, code_bytes)
+        self._ctl(_CTL_USE_EXITS, 1)
+        self.env_address = self._find_env()
+        self._map_state(self.env_address)
+        self._prime()
 
     def _map_state(self, address: int) -> None:
         buffer = (ctypes.c_char * ENV_BYTES).from_address(address)
@@ -189,10 +197,13 @@ class Unicorn:
             self.env.release()
             self.q.release()
             self.d.release()
-            self._lib.uc_close(self._uc)
-            if self.native is not None:
-                self.native.forget()
-            self._uc = ctypes.c_void_p()
+            self._free()
+
+    def _free(self) -> None:
+        if self.native is not None:
+            self.native.forget()
+        self._lib.uc_close(self._uc)
+        self._uc = ctypes.c_void_p()
 
     # -- execution ---------------------------------------------------------------------------
 
@@ -300,8 +311,11 @@ class Unicorn:
         return ctypes.cast(callback, ctypes.c_void_p).value or 0
 
     def hook_block(self, callback: Callback, data: int = 0) -> int:
-        """Call back at the start of each block; a handle for :meth:`unhook`."""
-        self._keep.append(callback)
+        """Call back at the start of each block, as long as the caller keeps the callback.
+
+        Returns:
+            A handle for :meth:`unhook`.
+        """
         return self._hook(HOOK_BLOCK, callback, 1, 0, data)
 
     def unhook(self, handle: int) -> None:

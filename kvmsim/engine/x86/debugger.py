@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmsim.engine.x86 import breakpoints, decode, exits
+from kvmsim.engine.x86 import breakpoints, decode, exits, stepping
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.backend import ACCESS_FETCHES
 from kvmsim.engine.x86.delivery import AC, DB, Event
@@ -88,7 +88,7 @@ def _execute(vm: X86Vm, cpu: Cpu, opcode: int) -> Why:
     registers = cpu.registers
     guests, status = registers.flags & r.FLAG_TF, registers.debug(6)
     registers.flags |= r.FLAG_TF
-    why, _status = vm.watch.execute(cpu)
+    why = stepping.execute(vm, cpu)
     registers.set_debug(6, status)
     done = why is Why.INTERRUPT and vm.watch.vector == DB
     if not done or opcode not in LOADS_FLAGS:

@@ -9,6 +9,7 @@ address, and calls its callback. Everything it does not know goes the old way.
 from __future__ import annotations
 
 import ctypes
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,8 @@ class Dispatch:
         self._table = (ctypes.c_uint64 * (_WORDS * ENTRIES))()
         self._owned: dict[int, list[int]] = {}
         self._used = 0
+        #: Guests of several VMs come to new code in threads of their own.
+        self._changes = threading.Lock()
         old = code.place(
             _BEGINNING + b"\x49\xbb" + u64(walk + len(_BEGINNING)) + b"\x41\xff\xe3"  # jmp r11
         )
@@ -98,6 +101,10 @@ class Dispatch:
 
     def add(self, handle: int, address: int, callback: int) -> None:
         """An emulator has a callback at an address."""
+        with self._changes:
+            self._add(handle, address, callback)
+
+    def _add(self, handle: int, address: int, callback: int) -> None:
         table, free = self._table, -1
         at = _place(handle, address)
         while table[at]:
@@ -121,11 +128,12 @@ class Dispatch:
 
     def forget(self, handle: int) -> None:
         """An emulator is gone. Its entries stay taken: others may be behind them."""
-        for at in self._owned.pop(handle, ()):
-            self._table[at + 1] = _GONE
-        if not self._owned:
-            self._used = 0
-            ctypes.memset(self._table, 0, ctypes.sizeof(self._table))
+        with self._changes:
+            for at in self._owned.pop(handle, ()):
+                self._table[at + 1] = _GONE
+            if not self._owned:
+                self._used = 0
+                ctypes.memset(self._table, 0, ctypes.sizeof(self._table))
 
 
 def _place(handle: int, address: int) -> int:

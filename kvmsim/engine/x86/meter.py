@@ -120,12 +120,13 @@ class Meter:
 
     def kick(self) -> None:
         """Stop at the start of the next block; from any thread."""
-        if self._kicks is not None and self._next is not None:
-            self._next.value = self._unicorn.stop_address
-        elif self._kicks is not None:
-            self._kicks.kick()
-        else:
+        called_next = self._next  # which may become None in the thread that executes
+        if self._kicks is None:
             self._words[1] = 1
+        elif called_next is not None:
+            called_next.value = self._unicorn.stop_address
+        else:
+            self._kicks.kick()
 
     def used(self) -> int:
         """Bytes of code entered since the start."""

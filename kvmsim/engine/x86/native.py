@@ -220,11 +220,12 @@ class Process:
         )
 
     def ask_stub(self, words: int) -> bytes:
-        """() -> nothing: ask for a stop."""
+        """() -> nothing: ask for a stop; only a note where the instance is gone."""
         return (
             _load("rcx", words)
             + b"\xc7\x01\x01\x00\x00\x00"  # mov dword [rcx], 1: KICKED
             + b"\x48\x8b\x79\x18"  # mov rdi, [rcx+24]: CPU
+            + b"\x48\x85\xff\x75\x01\xc3"  # test rdi, rdi; jne +1; ret
             + _jump(self.cpu_exit)
         )
 
@@ -310,7 +311,8 @@ class Native:
             self._owner.dispatch.add(self.handle, address, callback)
 
     def forget(self) -> None:
-        """The instance is gone."""
+        """The instance is about to go: another may be at its address, and a kick be under way."""
+        self._words[CPU] = 0
         if self._owner.dispatch is not None:
             self._owner.dispatch.forget(self.handle)
 

@@ -26,6 +26,19 @@ def trap(cpu: Cpu) -> None:
     cpu.traps |= DR6_BS
 
 
+def execute(vm: X86Vm, cpu: Cpu) -> Why:
+    """Let the emulator execute what comes next, however little the vCPU may; why it stopped."""
+    why, _status = vm.watch.execute(cpu)
+    lent_bytes = 0
+    while why is Why.NOTHING and vm.meter.expired():
+        vm.meter.lend(_ALLOWANCE_BYTES)
+        lent_bytes += _ALLOWANCE_BYTES
+        why, _status = vm.watch.execute(cpu)
+    if lent_bytes:
+        vm.meter.lend(-lent_bytes)
+    return why
+
+
 def single(vm: X86Vm, cpu: Cpu, *, restores_flags: bool = False) -> Why:
     """Execute one instruction, unseen by the sites, however little the vCPU may execute.
 
@@ -39,21 +52,16 @@ def single(vm: X86Vm, cpu: Cpu, *, restores_flags: bool = False) -> Why:
     """
     watch, registers = vm.watch, cpu.registers
     guests, before = registers.flags & r.FLAG_TF, registers.debug(6)
-    why, lent_bytes = Why.NEW_SITES, 0
-    while why is Why.NEW_SITES or (why is Why.NOTHING and vm.meter.expired()):
-        if why is Why.NOTHING:
-            vm.meter.lend(_ALLOWANCE_BYTES)
-            lent_bytes += _ALLOWANCE_BYTES
+    why = Why.NEW_SITES
+    while why is Why.NEW_SITES:
         registers.flags |= r.FLAG_TF
         watch.stepping = True
         try:
-            why, _status = watch.execute(cpu)
+            why = execute(vm, cpu)
         finally:
             watch.stepping = False
         if not restores_flags or why is not Why.INTERRUPT:
             registers.flags &= ~r.FLAG_TF | guests
-    if lent_bytes:
-        vm.meter.lend(-lent_bytes)
     # The emulator derives from flags set from outside what an instruction that loads them leaves.
     registers.flags = registers.flags
     software = registers.d[EXCEPTION_IS_INT]

@@ -155,7 +155,11 @@ class X86Vm:
         self._turns = 0
         self._wake()
         self._blank = bytes(self.unicorn.env)
-        self.set_slots(slots)
+        try:
+            self.set_slots(slots)
+        except BaseException:
+            self.close()
+            raise
 
     def _wake(self) -> None:
         """Make an emulator, without memory."""

@@ -70,7 +70,7 @@ class Why(Enum):
 
 # Every stop comes by here, and to look a member up takes Python 3.11 some 50 ns.
 NOTHING, NEW_SITES, LOCK, LOCKED = Why.NOTHING, Why.NEW_SITES, Why.LOCK, Why.LOCKED
-INTERRUPT, INVALID, ACCESS = Why.INTERRUPT, Why.INVALID, Why.ACCESS
+INTERRUPT, INVALID, ACCESS, SITE = Why.INTERRUPT, Why.INVALID, Why.ACCESS, Why.SITE
 _RIP, _EFLAGS = RIP // 8, EFLAGS // 8
 #: The emulator's ``cc_op`` of flags that are not to be computed.
 _FLAGS_ARE_SETTLED = 1
@@ -275,12 +275,11 @@ class Watch:
         """Execution gets to where a bus lock may just have been taken."""
         self._met()
         if self._expected.lock and not self.stepping:
-            if self._vm.policy.fault_like:
-                self._confirm()
+            if not self._vm.policy.fault_like:
+                self._stop(LOCKED)
                 return
-            self._why = LOCKED
-            self._unicorn.stop()
-        elif site.kind is not Kind.NEXT:
+            self._confirm()
+        if site.kind is not Kind.NEXT:
             self._look(site)
 
     def _confirm(self) -> None:
@@ -324,7 +323,7 @@ class Watch:
             self._look_at_operand(site)
         elif kind in ENGINES or self._refused(site) or self._window_asked(site):
             self.site = site
-            self._stop(Why.SITE)
+            self._stop(SITE)
 
     def _refused(self, site: Site) -> bool:
         """Whether an instruction the emulator would execute is #GP."""
@@ -366,7 +365,7 @@ class Watch:
             return
         if split and self._raises_ac(cpu):
             self.site = site
-            self._stop(Why.SITE)
+            self._stop(SITE)
             return
         self.site = site
         if self._vm.policy.fault_like and cpu.admitted != site.address:

@@ -102,6 +102,7 @@ class CodeGuests:
         emulated = self._emulated.pop(vm, None)
         if emulated is not None:
             emulated.engine.close()
+            emulated.engine.set_slots([])  # what still knows the VM keeps none of its memory
 
     def emulated(self, vm: Vm) -> Emulated:
         """The emulator of a VM.

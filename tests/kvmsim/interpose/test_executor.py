@@ -1,4 +1,5 @@
 import threading
+import weakref
 
 import pytest
 import trio
@@ -217,3 +218,35 @@ async def test_turn_without_code_lets_others_go_first(executor, log):
         "b out",
         "b heard",
     ]
+
+
+async def test_a_guest_that_is_gone_is_not_kept_by_the_watchdog(executor, monkeypatch):
+    monkeypatch.setattr(Watchdog, "LOOKS", 2)
+    kicked = threading.Event()
+
+    class Memory:
+        def work(self):
+            assert kicked.wait(10)
+
+    memory = Memory()
+    gone = threading.Event()
+    weakref.finalize(memory, gone.set)
+    stop = Executing(work=memory.work, kick=kicked.set)
+    assert not executor.execute_here(stop)
+    del stop, memory
+    assert gone.wait(5)
+
+
+async def test_a_kick_that_fails_leaves_the_watchdog_alive(executor, caplog):
+    kicked = threading.Event()
+
+    def fail():
+        kicked.set()
+        raise RuntimeError("cannot be kicked")
+
+    for _ in range(2):
+        kicked.clear()
+        stop = Executing(work=lambda: kicked.wait(10), kick=fail)
+        assert not executor.execute_here(stop)
+        assert kicked.is_set()
+    assert "cannot be kicked" in caplog.text

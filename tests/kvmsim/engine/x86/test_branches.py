@@ -235,29 +235,26 @@ def test_a_processor_without_records_leaves_the_others_alone(guest):
 
 def test_kicks_by_another_thread_neither_add_nor_lose_a_branch(make_guest):
     guest = make_guest(paced=False, inline_bytes=0)
-    guest.long("f0 ff 07", "ff c9", "75 f9", HLT)  # lock inc [rdi]; dec; jnz
-    count = 300_000
-    guest.q[r.RCX], guest.q[r.RDI] = count, DATA
+    # l: lock inc [rdi]; inc ecx; cmp byte [rsi], 0; je l; hlt
+    guest.long("f0 ff 07", "ff c1", "80 3e 00", "74 f6", HLT)
+    guest.q[r.RDI], guest.q[r.RSI] = DATA, DATA + 64
     guest.cpu.lbr = LastBranches(32)
     guest.cpu.lbr.enabled = True
-    over = threading.Event()
-
-    def kick():
-        while not over.wait(0.00005):
-            guest.vm.kick(guest.cpu)
-
-    kicker = threading.Thread(target=kick)
-    kicker.start()
-    turns = 0
+    kicks = 0
     while isinstance(stop := guest.run(), Executing):
-        stop.work()
-        turns += 1
-    over.set()
-    kicker.join()
+        thread = threading.Thread(target=stop.work)
+        thread.start()
+        for _ in range(kicks % 16 * 500):  # not always as it begins
+            pass
+        stop.kick()
+        thread.join(10)
+        assert not thread.is_alive()
+        kicks += 1
+        guest.ram[DATA + 64] = kicks >= 300
     assert isinstance(stop, Hlt)
-    assert turns > 3
-    assert set(taken(guest)) == {(CODE + 5, CODE)}
-    assert guest.cpu.lbr.tos == (count - 1) % 32
+    assert set(taken(guest)) == {(CODE + 8, CODE)}
+    assert guest.cpu.lbr.tos == (guest.q[r.RCX] - 1) % 32
+    assert guest.word(DATA) == guest.q[r.RCX]
 
 
 # -- random code, against the same code executed step by step ------------------------------------

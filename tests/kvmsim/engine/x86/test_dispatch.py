@@ -1,6 +1,8 @@
 """Code callbacks are found by emulator and address, however many there are."""
 
 import platform
+import sys
+import threading
 
 import pytest
 
@@ -67,3 +69,44 @@ def test_entries_of_emulators_that_are_gone_are_used_again(make_guest):
         assert isinstance(guest.run(), BusLock)
         guest.vm.close()
     assert of(keeps)._used - used < 20
+
+
+def test_emulators_in_different_threads_find_each_their_own(guest):
+    """They look for the same free places, among those of one that is gone."""
+    table, old, gone, middle = of(guest), sys.getswitchinterval(), 1 << 30, 1 << 40
+    table.add(guest.vm.unicorn.native.handle, CODE, 1)
+    for address in range(80_000):
+        table.add(gone, address, 1)
+    table.forget(gone)
+    rows = {middle + n: range(middle - n, middle - n + 2000) for n in range(4)}
+    sys.setswitchinterval(1e-6)
+
+    def fill(handle):
+        for address in rows[handle]:
+            table.add(handle, address, handle * 7 + address)
+
+    threads = [threading.Thread(target=fill, args=(handle,)) for handle in rows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(old)
+    missed = [
+        (handle, address)
+        for handle, addresses in rows.items()
+        for address in addresses
+        if found(table, handle, address) != handle * 7 + address
+    ]
+    for handle in rows:
+        table.forget(handle)
+    assert not missed
+
+
+def found(table, handle, address):
+    """What is called for an instruction, searched for as the machine code does."""
+    at = dispatch._place(handle, address)
+    while table._table[at]:
+        if tuple(table._table[at : at + 2]) == (address + 1, handle):
+            return table._table[at + 2]
+        at = (at + 3) % len(table._table)
+    return None

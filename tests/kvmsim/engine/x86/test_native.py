@@ -136,3 +136,37 @@ def test_kicks_at_any_time_lose_and_repeat_no_bus_lock(make_guest, fault_like):
             stop.kick()
             thread.join(10)
     assert (locks, guest.word(DATA + 62), guest.cpu.bus_locks) == (3000, 3000, 3000)
+
+
+def test_a_kick_that_comes_when_the_emulator_is_gone_does_nothing(make_guest):
+    guest = make_guest(paced=False, inline_bytes=0)
+    guest.long(HLT)
+    meter, machine_code = guest.vm.meter, guest.vm.unicorn.native
+    guest.vm.close()
+    assert not machine_code._words[native.CPU]  # whose memory may be anybody's
+    meter.kick()
+    assert machine_code.kicked
+
+
+def test_callbacks_are_forgotten_before_others_may_have_the_emulators_address(guest, monkeypatch):
+    closed = []
+    guest.long("f0 ff 07", HLT)
+    guest.q[r.RDI] = DATA + 62
+    guest.run()
+    handle, table = (
+        guest.vm.unicorn.native.handle,
+        native.process(guest.vm.unicorn._lib._name).dispatch,
+    )
+    library = guest.vm.unicorn._lib
+
+    class Library:
+        def __getattr__(self, name):
+            return getattr(library, name)
+
+        def uc_close(self, uc):
+            closed.append(handle in table._owned)
+            return library.uc_close(uc)
+
+    monkeypatch.setattr(guest.vm.unicorn, "_lib", Library())
+    guest.vm.close()
+    assert closed == [False]
