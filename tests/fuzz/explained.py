@@ -243,14 +243,24 @@ EXPLAINED = (
         _not_canonical_target,
     ),
     Explanation(
-        "order of reading",
-        "Which half of a far pointer, which word of a frame, which operand of CMPS is read first is"
-        " seen in CR2 only.",
+        "order of accesses",
+        "Which half of a far pointer, which word of a frame, which operand of CMPS, which register"
+        " of PUSHA and POPA comes first is seen in CR2 only.",
         lambda seen: (
-            seen.found.opcode in {0xC4, 0xC5, 0x0FB2, 0x0FB4, 0x0FB5, 0xCA, 0xCB, 0xCF, 0xA6, 0xA7}
+            seen.found.opcode
+            in {0x60, 0x61, 0xC4, 0xC5, 0x0FB2, 0x0FB4, 0x0FB5, 0xCA, 0xCB, 0xCF, 0xA6, 0xA7}
             or (seen.found.opcode == 0xFF and seen.found.modrm & 0x38 in {0x18, 0x28})
         ),
         spares=frozenset({"cr2"}),
+    ),
+    Explanation(
+        "CMPS of no address",
+        "For the same reason one engine may see #PF of one operand and the other #GP of the other.",
+        lambda seen: (
+            seen.mode == 64
+            and seen.found.opcode in {0xA6, 0xA7}
+            and any((seen.general[number] >> 47) not in {0, (1 << 17) - 1} for number in (6, 7))
+        ),
     ),
     Explanation(
         "RET that drops more than 32767 bytes",

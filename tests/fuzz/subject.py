@@ -65,6 +65,8 @@ class Subject:
         cpu = self.cpu
         cpu.abandon()
         cpu.events.clear()
+        # The guest before may have been left with a trap due.
+        cpu.traps, cpu.creeps, cpu.cautious, cpu.admitted = 0, 0, False, -1
         cpu.reset()
         cpu.registers.env[FPU] = self.blank[FPU]
         registers = cpu.registers

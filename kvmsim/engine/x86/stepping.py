@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 #: Whether the last exception came of an INT instruction; a 32-bit word of the emulator's state.
 EXCEPTION_IS_INT = 5388 // 4
+STI = b"\xfb"
 #: POPF and IRET.
 LOADS_FLAGS = frozenset({0x9D, 0xCF})
 #: More code than one instruction is charged for.
@@ -23,7 +24,17 @@ _ALLOWANCE_BYTES = 1 << 30
 
 def trap(cpu: Cpu) -> None:
     """A single step of the guest's own is over."""
-    cpu.traps |= DR6_BS
+    if not _is_behind_load_of_ss(cpu):
+        cpu.traps |= DR6_BS
+
+
+def _is_behind_load_of_ss(cpu: Cpu) -> bool:
+    """Whether MOV SS or POP SS holds off the trap for one instruction (SDM volume 3, 6.8.3).
+
+    STI casts a shadow too, but none on traps; it is told by its byte.
+    """
+    registers = cpu.registers
+    return registers.shadow and cpu.vm.watch.read_code(registers.linear_rip - 1, 1) != STI
 
 
 def execute(vm: X86Vm, cpu: Cpu) -> Why:

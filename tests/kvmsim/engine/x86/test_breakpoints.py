@@ -301,6 +301,23 @@ def test_an_event_queued_with_a_trap_comes_behind_it(guest):
     assert guest.q[r.RBX] == 2
 
 
+@pytest.mark.parametrize(
+    ("code", "traps"),
+    [
+        ("8e d0 90", 1),  # mov ss, eax; nop
+        ("fb 90", 2),  # sti; nop
+        ("90 90", 2),
+    ],
+)
+def test_loading_ss_holds_off_the_trap_of_single_steps(guest, code, traps):
+    handled(guest.long(code, HLT))
+    guest.put(HANDLER, COUNT, IRET)
+    guest.q[r.RAX] = 0x10
+    guest.r.flags |= r.FLAG_TF
+    assert isinstance(guest.run(), Hlt)
+    assert guest.q[r.RBX] == traps
+
+
 def test_a_single_step_into_int1_is_one_exception(guest):
     handled(guest.long("f1", HLT))
     guest.r.flags |= r.FLAG_TF
