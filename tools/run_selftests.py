@@ -66,8 +66,8 @@ def _run_all(options: argparse.Namespace, directory: Path, listed: dict[str, Ent
             entry = listed.get(name, Entry(Expect.PASS, "not in the list"))
             preset = "" if options.real else options.preset or entry.preset
             if preset not in started:
-                world = worlds.emulated(Path(scratch), preset) if preset else worlds.real()
-                started[preset] = stack.enter_context(world)
+                made = worlds.emulated(Path(scratch), preset) if preset else worlds.real()
+                started[preset] = stack.enter_context(made)
             world = started[preset]
             outcome = run([*world.command, str(programs[name])], entry.timeout_s, scratch)
             report.add(name, entry, outcome, left=world.left_behind())
