@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, cast
 
+from kvmsim.abi.structs import KVM_GUESTDBG_BLOCKIRQ
 from kvmsim.engine.x86 import fpu as x87_sse
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import BP, DB, NMI, OF, Event
@@ -187,7 +188,9 @@ class VcpuRegisters:
             software = exception.vector in {BP, OF}
             cpu.queue(Event(exception.vector, exception.error_code or 0, software=software))
             state.exception = events.QueuedException()
-        if state.nmi_injected or (state.nmi_pending and not state.nmi_masked):
+        # Linux 6.12 x86.c, kvm_check_and_inject_events: what is new waits, NMIs too.
+        held = state.nmi_masked or self._vcpu.debug.control & KVM_GUESTDBG_BLOCKIRQ
+        if state.nmi_injected or (state.nmi_pending and not held):
             state.nmi_pending -= 0 if state.nmi_injected else 1
             state.nmi_injected, state.nmi_masked = False, True
             cpu.queue(Event(NMI, external=True))

@@ -108,6 +108,17 @@ def test_interrupts_wait_while_a_debugger_blocks_them(guest):
     assert one.regs("rbx") == 1
 
 
+def test_nmis_wait_while_a_debugger_blocks_interrupts(guest):
+    one = guest(NOP, NOP, HLT).gate(2, COUNT, IRET)
+    one.vcpu.ioctl(ioctls.KVM_NMI)
+    watch(one, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ)
+    assert one.run() == Exit.DEBUG
+    assert (shown(one)[1], one.regs("rbx")) == (CODE + 1, 0)
+    watch(one, 0)
+    assert one.run() == Exit.HLT
+    assert one.regs("rbx") == 1
+
+
 def test_a_breakpoint_exception_the_debugger_injects_is_the_guests(guest):
     one = guest(NOP, HLT).gate(3, HLT)
     watch(one, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_INJECT_BP)
