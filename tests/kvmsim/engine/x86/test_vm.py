@@ -441,3 +441,23 @@ def test_room_for_translated_code_goes_with_the_memory(guest, monkeypatch, mib, 
     slots = [Slot(0, memoryview(mmap.mmap(-1, mib << 20)))]
     module.X86Vm(slots, guest.policy).close()
     assert rooms == [room_mib << 20]
+
+
+def test_vm_whose_memory_cannot_be_shown_leaves_no_emulator_behind(guest):
+    from kvmsim.engine.x86 import vm as module
+    from kvmsim.engine.x86.backend import BackendError
+
+    before = set(module.AWAKE._vms)
+    with pytest.raises(BackendError):
+        module.X86Vm([Slot(0x123, memoryview(mmap.mmap(-1, 4096)))], guest.policy)
+    assert set(module.AWAKE._vms) == before
+
+
+def test_vm_that_is_closed_lets_go_of_memory_it_has_no_more(guest):
+    guest.long("f0 ff 07", HLT)
+    guest.q[r.RDI] = DATA + 62
+    assert isinstance(guest.run(), BusLock)
+    guest.vm.close()
+    guest.vm.set_slots([])
+    guest.ram.close()  # BufferError, were it in use
+    assert guest.ram.closed

@@ -1,10 +1,12 @@
 """KVM_RUN over real code: exits, registers, bus locks and their #DB."""
 
+import mmap
 from errno import EINTR
 
 import pytest
 
 from kvmsim.abi.exits import Exit
+from kvmsim.engine.x86.memory import Slot
 from kvmsim.errors import KvmError
 from kvmsim.kvm import cpuid, debug, debugctl, events, sregs
 
@@ -156,3 +158,15 @@ def test_a_signal_leaves_the_guest_where_it_goes_on(start):
     assert caught.value.errno == EINTR
     assert guest.run() == Exit.HLT
     assert guest.regs("rbx") == 1
+
+
+def test_guest_of_a_vm_that_ended_keeps_none_of_its_memory(start):
+    from kvmsim.kvm.x86.guest import CodeGuests
+
+    guests, vm = CodeGuests(), start(INTEL, HLT).vm
+    engine = guests.emulated(vm).engine
+    ram = mmap.mmap(-1, 4096)
+    engine.set_slots([Slot(0, memoryview(ram))])
+    guests.ended(vm)
+    ram.close()  # BufferError, were it in use
+    assert not engine.awake
