@@ -189,7 +189,9 @@ class VcpuRegisters:
             cpu.queue(Event(exception.vector, exception.error_code or 0, software=software))
             state.exception = events.QueuedException()
         # Linux 6.12 x86.c, kvm_check_and_inject_events: what is new waits, NMIs too.
-        held = state.nmi_masked or self._vcpu.debug.control & KVM_GUESTDBG_BLOCKIRQ
+        debugged = self._vcpu.debug
+        blocked = debugged is not None and debugged.control & KVM_GUESTDBG_BLOCKIRQ
+        held = state.nmi_masked or blocked
         if state.nmi_injected or (state.nmi_pending and not held):
             state.nmi_pending -= 0 if state.nmi_injected else 1
             state.nmi_injected, state.nmi_masked = False, True
