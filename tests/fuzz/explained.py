@@ -284,11 +284,11 @@ EXPLAINED = (
     ),
     Explanation(
         "two mandatory prefixes",
-        "Of 0x66, 0xF2 and 0xF3 before an SSE opcode the manuals say nothing.",
+        "The manuals do not say which of 0x66, 0xF2 and 0xF3 counts before an SSE opcode, MOVBE or"
+        " CRC32.",
         lambda seen: (
             seen.found.opcode in SSE | MOVBE
-            and b"\x66" in seen.found.code
-            and bool(seen.found.repeat)
+            and len({0x66, 0xF2, 0xF3}.intersection(seen.found.code.partition(b"\x0f")[0])) > 1
         ),
     ),
     Explanation(

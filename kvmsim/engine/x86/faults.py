@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kvmsim.engine.x86 import decode as d
 from kvmsim.engine.x86 import registers as r
 from kvmsim.engine.x86.delivery import GP, PF, SS
-from kvmsim.engine.x86.paging import PF_FETCH, PF_WRITE
+from kvmsim.engine.x86.paging import PF_FETCH, PF_USER, PF_WRITE
 
 if TYPE_CHECKING:
     from kvmsim.engine.x86.cpu import Cpu
@@ -30,6 +30,9 @@ _BOTH = frozenset(
         *(0x0FA4, 0x0FA5, 0x0FAC, 0x0FAD),
     )
 )
+#: RETF, IRET, and the most they take from a stack but for what they are told to drop.
+_FAR_RETURNS, _FRAME_BYTES = frozenset({0xCA, 0xCB, 0xCF}), 40
+USER_RING = 3
 _PRIVILEGED = {0x0F00: frozenset({2, 3}), 0x0F01: frozenset({2, 3, 6, 7})}
 ARPL = 0x63
 SETCC = 0x0F9  # 0F 90 to 0F 9F
@@ -61,6 +64,8 @@ def corrected(cpu: Cpu, vector: int, code: int, found: d.Instruction | None) -> 
     arpl = found.opcode == ARPL and found.operand is not None and cpu.registers.mode != 64
     if vector == PF and not code & PF_WRITE and (arpl or reads_and_writes(found)):
         return vector, code | PF_WRITE
+    if vector == PF and _returns_from(cpu, found):
+        return vector, code | PF_USER
     if vector != GP or code or _is_refused(cpu, found):
         return vector, code
     if cpu.registers.mode == 64 and _lost_its_stack(cpu, found):
@@ -94,6 +99,18 @@ def computes_flags(found: d.Instruction, operation: int) -> bool:
     condition = found.opcode >> 1 & 7
     compared = operation in _SUBTRACTIONS
     return condition in _ALWAYS_COMPUTED or (condition in _ELSE_COMPUTED and not compared)
+
+
+def _returns_from(cpu: Cpu, found: d.Instruction) -> bool:
+    """Whether a far return of ring 3 faulted on its own stack, which the emulator reads as ring 0.
+
+    Its other accesses, of descriptors, are those of ring 0.
+    """
+    registers = cpu.registers
+    if found.opcode not in _FAR_RETURNS or registers.cpl != USER_RING:
+        return False
+    base = 0 if registers.mode == 64 else registers.segment(r.SS).base
+    return 0 <= registers.cr2 - base - registers.q[r.RSP] < _FRAME_BYTES
 
 
 def _is_refused(cpu: Cpu, found: d.Instruction) -> bool:

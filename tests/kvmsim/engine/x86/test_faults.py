@@ -170,3 +170,14 @@ def test_privileged_instructions_of_ring_3_are_gp_wherever_their_operand_is(gues
     guest.q[r.RBP] = BAD
     assert isinstance(guest.run(), Hlt)
     assert guest.r.rip == 0x2101
+
+
+@pytest.mark.parametrize("code", ["48 cf", "cb", "48 ca 08 00"])  # iretq, retf, retf 8
+def test_a_far_return_of_ring_3_reads_its_stack_as_ring_3(guest, code):
+    guest.long(code, HLT, ring=3).gate(14, HANDLER)
+    guest.map_page(HOLE, 0, 0)
+    guest.put(HANDLER, HLT)
+    guest.q[r.RSP] = HOLE
+    assert isinstance(guest.run(), Hlt)
+    assert guest.word(guest.q[r.RSP], 8) == 4
+    assert guest.r.cr2 - HOLE < 16
