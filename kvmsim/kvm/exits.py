@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from kvmsim.abi.caps import KVM_MP_STATE_HALTED
 from kvmsim.abi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, Exit
+from kvmsim.abi.memory import PAGE_SIZE
 from kvmsim.abi.run import PIO_DATA_OFFSET
 from kvmsim.engine.base import Debug, InternalError
 from kvmsim.engine.x86.breakpoints import dr6_after
-from kvmsim.kvm import bus, coalesced
+from kvmsim.kvm import bus, coalesced, memslots
 
 if TYPE_CHECKING:
     from kvmsim.engine.base import Hlt, Io, IrqWindow, Mmio, Shutdown, StopBase
@@ -111,10 +112,22 @@ def mmio(vcpu: Vcpu, stop: Mmio, now_ns: int) -> int | None:
     if _memory_in_kernel(vcpu, stop, now_ns):
         retire(vcpu, stop)
         return None
+    if memslots.of(vcpu.vm).is_torn(stop.gpa):
+        return memory_fault(vcpu, stop)
     size = len(data) if data else stop.size
     pack_into("<Q8sIB", vcpu.run.memory, 32, stop.gpa, data, size, bool(data))
     vcpu.pending, vcpu.pending_rip = stop, vcpu.rip
     return MMIO
+
+
+def memory_fault(vcpu: Vcpu, stop: Mmio) -> int:
+    """An access to a slot whose memory the VMM has unmapped: KVM_RUN fails with EFAULT."""
+    vcpu.stop = None
+    undo = getattr(vcpu.engine, "undo", None)
+    if undo is not None:
+        undo()
+    pack_into("<QQQ", vcpu.run.memory, 32, 0, stop.gpa & -PAGE_SIZE, PAGE_SIZE)
+    return Exit.MEMORY_FAULT
 
 
 def _memory_in_kernel(vcpu: Vcpu, stop: Mmio, now_ns: int) -> bool:

@@ -89,6 +89,13 @@ class Slot:
             self.written = bytearray(self.nr_pages + 1)
         return memoryview(self.written)
 
+    def has_page(self, gpa: int) -> bool:
+        """Whether there is memory behind an address of it, as far as anybody has looked."""
+        offset = gpa - self.gpa
+        return self.pages is None or any(
+            start <= offset < start + len(view) for start, view in self.pages
+        )
+
     def note_written(self) -> None:
         """Enter what guest code has written in the log. Not while it executes."""
         written, dirty = self.written, self.dirty
@@ -163,6 +170,18 @@ class Memslots:
         index = bisect_right(self._starts, self.slots.pop(number).gpa) - 1
         del self._starts[index]
         del self._by_gpa[index]
+
+    def is_torn(self, gpa: int) -> bool:
+        """Whether an address is in a slot, but its VMM has no memory there.
+
+        If so, it is looked for again before the guest is entered once more.
+        """
+        slot = self.find(gpa)
+        if slot is None or slot.has_page(gpa):
+            return False
+        slot.pages = None
+        self.generation += 1
+        return True
 
     def mark_dirty(self, gpa: int, size_bytes: int = 1) -> None:
         """The guest wrote there."""

@@ -16,7 +16,7 @@ Order of the checks: kvm.md F.4. Bus locks: ``kvmsim.kvm.bus_lock``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from errno import EAGAIN, EINTR, EINVAL, EIO
+from errno import EAGAIN, EFAULT, EINTR, EINVAL, EIO
 from typing import TYPE_CHECKING, NoReturn
 
 from kvmsim.abi.caps import (
@@ -103,6 +103,7 @@ THROTTLED = Throttled()
 
 # Every exit comes by here, and to look a member up takes Python 3.11 some 50 ns.
 INTR, BUS_LOCK_EXIT = int(Exit.INTR), int(Exit.X86_BUS_LOCK)
+MEMORY_FAULT = int(Exit.MEMORY_FAULT)
 
 #: What the processor reports when it cannot enter the guest (AMD, VMEXIT_INVALID).
 SVM_EXIT_ERR = 0xFFFF_FFFF_FFFF_FFFF
@@ -416,6 +417,8 @@ def _stopped(vcpu: Vcpu, stop: Stop, now_ns: int) -> Blocked | None:
     leave(vcpu, reason, KVM_RUN_X86_BUS_LOCK if detected and vcpu.bus_lock_exit else 0)
     if reason == INTR:
         raise KvmError(EINTR, "signal")
+    if reason == MEMORY_FAULT:
+        raise KvmError(EFAULT, "no memory behind a slot")
     return None
 
 

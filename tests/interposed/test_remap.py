@@ -13,7 +13,7 @@ def host(make_host):
     made.assert_nothing_left()
 
 
-@pytest.mark.parametrize("case", ["completed", "executable", "twice", "busy"])
+@pytest.mark.parametrize("case", ["completed", "executable", "torn", "twice", "busy"])
 def test_client_notices_nothing_of_pages_that_are_replaced(host, compiled, capfd, case):
     status = host.run(compiled("remap"), case)
     assert (*capfd.readouterr(), status) == ("", "", 0)

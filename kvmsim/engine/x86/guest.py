@@ -92,6 +92,10 @@ class X86Guest:
         self.cpu.events.clear()
         self.cpu.interrupt = None
 
+    def undo(self) -> None:
+        """The instruction of the last stop did not happen: the next entry begins with it."""
+        self._rip = -1
+
     def take_traps(self) -> int:
         """Payload of the #DB that is due, which KVM merges with one of its own; then none is."""
         return breakpoints.take(self.cpu)

@@ -10,6 +10,7 @@
 #define RAM (64 << 10)
 #define HIGH 0x80000
 #define ROUNDS 40
+#define EXIT_MEMORY_FAULT 39
 
 /* mov ax,0x8000; mov ds,ax; mov al,[0]; out 0x10,al; hlt */
 static const char CODE[] = "\xb8\x00\x80\x8e\xd8\xa0\x00\x00\xe6\x10\xf4";
@@ -101,6 +102,24 @@ static void executable(void)
 	slot(1, HIGH, RAM, more);
 	CHECK(enter() == KVM_EXIT_IO);
 	CHECK(function() == 42);
+}
+
+/* A slot whose memory is not to be touched: KVM_RUN fails until it is. */
+static void torn(void)
+{
+	uint8_t *more = pages(PROT_NONE);
+
+	make();
+	slot(1, HIGH, RAM, more);
+	for (int turn = 0; turn < 2; turn++) {
+		FAILS(EFAULT, ioctl(vcpu, KVM_RUN, 0));
+		CHECK(run->exit_reason == EXIT_MEMORY_FAULT);
+		CHECK(((uint64_t *)run)[5] == HIGH);
+	}
+	CHECK(mprotect(more, RAM, PROT_READ | PROT_WRITE) == 0);
+	more[0] = 7;
+	CHECK(enter() == KVM_EXIT_IO && ((uint8_t *)run)[run->io.data_offset] == 7);
+	CHECK(enter() == KVM_EXIT_HLT);
 }
 
 static uint8_t *shared;
@@ -267,6 +286,8 @@ int main(int argc, char **argv)
 		executable();
 	else if (strcmp(argv[1], "leaderless") == 0)
 		leaderless();
+	else if (strcmp(argv[1], "torn") == 0)
+		torn();
 	else if (strcmp(argv[1], "twice") == 0)
 		twice();
 	else if (strcmp(argv[1], "busy") == 0)

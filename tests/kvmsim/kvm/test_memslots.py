@@ -108,6 +108,20 @@ def test_every_change_is_a_new_generation(vm):
     assert generations == [0, 1, 1, 2, 3]
 
 
+def test_slot_without_memory_at_an_address_is_looked_at_again(vm):
+    put(vm, gpa=0x4000, pages=4)
+    slots = memslots.of(vm)
+    assert not slots.is_torn(0x4000)  # nobody has looked
+    slot = slots.slots[0]
+    slot.pages = ((PAGE, memoryview(bytearray(PAGE))),)
+    generation = slots.generation
+    assert [slots.is_torn(gpa) for gpa in (0x3FFF, 0x5000, 0x5FFF, 0x8000)] == [False] * 4
+    assert slots.generation == generation
+    assert slots.is_torn(0x6000)
+    assert slot.pages is None
+    assert slots.generation > generation
+
+
 def test_size_of_the_guest_physical_space_is_the_hosts(kvm, client):
     vm = kvm(SNP).create_vm(0, client)
     assert put(vm, 0, (1 << 47) - 4 * PAGE) == 0
