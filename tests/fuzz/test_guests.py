@@ -56,6 +56,16 @@ def test_random_guests_end_as_on_a_second_engine(worker):
     assert compared >= LEAST_COMPARED * GUESTS
 
 
+@pytest.mark.parametrize("engine", ["fuzz.subject", "fuzz.second"])
+def test_how_a_guest_ends_does_not_depend_on_those_before_it(worker, engine):
+    needs_bochs()
+    streams = Streams(random.Random(7))
+    cases = [streams.case() for _ in range(100)]
+    one, other = worker(engine), worker(engine)
+    outcomes = [one.run(case) for case in cases]
+    assert [other.run(case) for case in reversed(cases)] == outcomes[::-1]
+
+
 @pytest.mark.timeout(max(60, GUESTS // 20))
 def test_random_guests_neither_hang_nor_kill_the_engine(worker):
     ours = worker("fuzz.subject")
