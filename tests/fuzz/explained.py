@@ -364,6 +364,15 @@ EXPLAINED = (
         ),
     ),
     Explanation(
+        "SHLD and SHRD relative to RIP",
+        "Unicorn counts from the immediate byte instead of from the next instruction.",
+        lambda seen: (
+            seen.found.opcode in {0x0FA4, 0x0FAC}
+            and seen.found.operand is not None
+            and seen.found.operand.base == d.RIP
+        ),
+    ),
+    Explanation(
         "flags of LOCK NEG",
         "Unicorn computes them from the operand as it was before.",
         lambda seen: (
