@@ -137,6 +137,11 @@ def test_flags_survive_the_fault_of_what_follows_a_bus_lock(guest):
         ("3c 02", "0f 9a 07", 0x01),  # cmp: 0xff has even parity; setp
         ("84 c0", "0f 96 07", 0x00),  # test; setbe
         ("3c 01", "0f 94 07", 0x01),  # sete
+        ("3c 01 eb 00", "0f 94 07", 0x01),  # in another block
+        ("3c 02 eb 00", "0f 94 07", 0x00),
+        ("3c 02 eb 00", "0f 98 07", 0x01),  # sets
+        ("a8 03 eb 00", "0f 95 07", 0x01),  # test; setne
+        ("04 ff eb 00", "0f 94 07", 0x01),  # add al, -1: zero
     ],
 )
 def test_an_instruction_tried_again_after_its_page_fault_has_its_flags(guest, before, code, result):
