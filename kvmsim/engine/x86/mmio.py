@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PAGE = 4096
 EMULATION_FAILED = 1
 _MAX_BYTES = 8
+_MAX_WORD = 4  # of the emulator's callbacks
 _PREFIXES = frozenset(bytes.fromhex("26 2e 36 3e 64 65 66 67 f0 f2 f3"))
 
 
@@ -37,12 +38,42 @@ class Answers:
         read: bytes it answered, by address.
         written: bytes it took, by address.
         pages: where those are.
+        words: where the emulator begins to read, one after the other, when it makes these accesses.
+        last: address and bytes of the latest read.
+        rest: bytes of it that are in the next page, wherever that is.
     """
 
     def __init__(self) -> None:
         self.read: dict[int, int] = {}
         self.written: dict[int, int] = {}
         self.pages: set[int] = set()
+        self.words: list[int] = []
+        self.last = (0, 0)
+        self.rest = 0
+
+    def part(self, gpa: int, size: int, begins: int) -> tuple[int, int]:
+        """What user space is to be asked for of a read: KVM asks page by page.
+
+        Args:
+            gpa: address, as the emulator has it: of the operand, or of an aligned word around it.
+            size: bytes.
+            begins: where in its page the operand begins, if it goes on in the next; else 0.
+        """
+        words = _words(gpa, size)
+        before = PAGE - gpa % PAGE
+        self.last = gpa, size
+        if size > before:
+            self.rest = size - before
+            words = [word for word in words if word < gpa + before]
+            size = before
+        elif self.rest and gpa % PAGE == 0:
+            size, self.rest = self.rest, 0
+        elif begins:
+            # The rest of the words the emulator reads is never looked at.
+            self.read.update(dict.fromkeys(range(gpa, gpa + size), 0))
+            gpa, size = _own_part(begins, gpa, size)
+        self.words += words
+        return gpa, size
 
 
 def stopped(vm: X86Vm, cpu: Cpu, answers: Answers | None = None) -> Stop:
@@ -60,10 +91,8 @@ def stopped(vm: X86Vm, cpu: Cpu, answers: Answers | None = None) -> Stop:
     begins = _crossing(vm, cpu, size)
     if begins and write and gpa & -PAGE not in answers.pages:
         return _write_both(vm, cpu, gpa, answers)
-    if begins and not write:
-        # The rest of the words the emulator reads is never looked at.
-        answers.read.update(dict.fromkeys(range(gpa, gpa + size), 0))
-        gpa, size = _own_part(begins, gpa, size)
+    if not write:
+        gpa, size = answers.part(gpa, size, begins)
     data = (value & (1 << 8 * size) - 1).to_bytes(size, "little") if write else b""
 
     def took(answer: bytes) -> None:
@@ -93,6 +122,12 @@ def _crossing(vm: X86Vm, cpu: Cpu, size: int) -> int:
     width = max(size, found.bits // 8) if size == 1 else size
     begins = 0 if place is None else place % PAGE
     return begins if begins + width > PAGE else 0
+
+
+def _words(gpa: int, size: int) -> list[int]:
+    """Where the emulator reads for an access; for an unaligned one on both sides of a boundary."""
+    whole = size if gpa % size == 0 else 2 * size
+    return list(range(gpa & -size, (gpa & -size) + whole, min(size, _MAX_WORD)))
 
 
 def _own_part(begins: int, gpa: int, size: int) -> tuple[int, int]:
@@ -136,6 +171,7 @@ class _Step:
 
     def __init__(self, answers: Answers) -> None:
         self.answers = answers
+        self.words: list[int] = []
         self.writes: list[tuple[int, bytes]] = []
         self.missing: tuple[int, int] | None = None
 
@@ -143,9 +179,21 @@ class _Step:
         """The emulator reads; it may ask for aligned words around what the guest wants."""
         known = self.answers.read
         at = page + offset
-        if self.missing is None and not any(at + n in known for n in range(size)):
+        if at in self.answers.words[:1]:
+            self.words = self.answers.words[:]
+        if at in self.words[:1]:
+            del self.words[0]
+        elif self.missing is None and self._goes_on(at, size):
+            self.missing = (sum(self.answers.last), _MAX_BYTES)
+        elif self.missing is None and not any(at + n in known for n in range(size)):
             self.missing = (at, size)
         return int.from_bytes(bytes(known.get(at + n, 0) for n in range(size)), "little")
+
+    def _goes_on(self, at: int, size: int) -> bool:
+        """Whether a read is of the second half of 16 bytes, the first of which is known."""
+        last, before = self.answers.last
+        follows = at <= last + before < at + size
+        return follows and before == _MAX_BYTES and size == _MAX_WORD and not self.words
 
     def write(self, page: int, offset: int, size: int, value: int) -> None:
         """The emulator writes: old news, or another access for user space."""
@@ -155,7 +203,8 @@ class _Step:
             return
         if self.writes:
             last, before = self.writes[-1]
-            if last + len(before) == at and len(before) + size <= _MAX_BYTES:
+            follows = last + len(before) == at and at % PAGE
+            if follows and len(before) + size <= _MAX_BYTES:
                 self.writes[-1] = (last, before + data)
                 return
         self.writes.append((at, data))
@@ -186,8 +235,9 @@ def _finish(vm: X86Vm, cpu: Cpu, answers: Answers) -> None:
     if step.missing is not None or vm.watch.access is not None:
         vm.unicorn.env[:] = before
         cpu.events.clear()
-        vm.watch.access = vm.watch.access or (ACCESS_READ, *(step.missing or (0, 1)), 0)
-        cpu.stops.append(stopped(vm, cpu, answers))
+        if step.missing is not None:  # before the access to a page that is not there
+            vm.watch.access = (ACCESS_READ, *step.missing, 0)
+        cpu.stops.insert(0, stopped(vm, cpu, answers))
         return
     stop = None if why is Why.NOTHING else exits.handle(vm, cpu, why)
     if stop is not None:

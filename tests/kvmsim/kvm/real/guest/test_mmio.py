@@ -130,6 +130,70 @@ def test_sixteen_bytes_are_two_exits(guest):
     assert guest.run() == Exit.HLT
 
 
+@pytest.mark.parametrize(
+    ("code", "offset", "asked"),
+    [
+        ("48 8b 07", 3, [(3, 8)]),
+        ("48 8b 07", 5, [(5, 8)]),
+        ("8b 07", 7, [(7, 4)]),
+        ("ff 37", 3, [(3, 8)]),  # push qword [rdi]
+        ("48 8b 07", 0xFFD, [(0xFFD, 3), (0x1000, 5)]),
+        ("48 8b 07", 0xFF9, [(0xFF9, 7), (0x1000, 1)]),
+        ("8b 07", 0xFFE, [(0xFFE, 2), (0x1000, 2)]),
+        ("0f b7 07", 0xFFF, [(0xFFF, 1), (0x1000, 1)]),
+    ],
+)
+def test_an_unaligned_read_asks_for_its_bytes_page_by_page_and_no_others(
+    guest, code, offset, asked
+):
+    guest.long(code, HLT, rdi=DEVICE + offset, rax=0, rsp=DATA)
+    for at, size in asked:
+        assert guest.run() == Exit.MMIO
+        assert guest.mmio() == (False, DEVICE + at, size)
+        guest.answer_mmio(bytes((at + n) & 0x7F for n in range(size)))
+    assert guest.run() == Exit.HLT
+    size = sum(size for _, size in asked)
+    answer = bytes((offset + n) & 0x7F for n in range(size))
+    pushed = code == "ff 37"
+    where = guest.ram[DATA - 8 : DATA] if pushed else guest.regs("rax").to_bytes(8, "little")
+    assert bytes(where[:size]) == answer
+
+
+@pytest.mark.parametrize(
+    ("code", "offset", "written"),
+    [
+        ("48 89 07", 3, [(3, "11 22 33 44 55 66 77 88")]),
+        ("48 89 07", 0xFFD, [(0xFFD, "11 22 33"), (0x1000, "44 55 66 77 88")]),
+        ("66 89 07", 0xFFF, [(0xFFF, "11"), (0x1000, "22")]),
+    ],
+)
+def test_an_unaligned_write_goes_out_page_by_page(guest, code, offset, written):
+    guest.long(code, HLT, rdi=DEVICE + offset, rax=0x8877665544332211)
+    for at, data in written:
+        assert guest.run() == Exit.MMIO
+        assert guest.mmio() == (True, DEVICE + at, bytes.fromhex(data))
+    assert guest.run() == Exit.HLT
+
+
+@pytest.mark.parametrize(
+    ("code", "offset", "asked"),
+    [
+        ("66 0f 6f 07", 0, [(0, 8), (8, 8)]),  # movdqa xmm0, [rdi]
+        ("f3 0f 6f 07", 3, [(3, 8), (11, 8)]),  # movdqu
+        ("f3 0f 6f 07", 0xFF8, [(0xFF8, 8), (0x1000, 8)]),
+        ("f3 0f 6f 07", 0xFF3, [(0xFF3, 8), (0xFFB, 5), (0x1000, 3)]),
+    ],
+)
+def test_a_read_of_sixteen_bytes_asks_for_eight_at_a_time(guest, code, offset, asked):
+    guest.long(code, "f3 0f 7f 06", HLT, rdi=DEVICE + offset, rsi=DATA)  # movdqu [rsi], xmm0
+    for at, size in asked:
+        assert guest.run() == Exit.MMIO
+        assert guest.mmio() == (False, DEVICE + at, size)
+        guest.answer_mmio(bytes((at + n) & 0x7F for n in range(size)))
+    assert guest.run() == Exit.HLT
+    assert bytes(guest.ram[DATA : DATA + 16]) == bytes((offset + n) & 0x7F for n in range(16))
+
+
 def test_a_read_across_the_end_of_memory_asks_for_the_rest_only(guest):
     guest.long("48 8b 07", HLT, rdi=RAM - 4)
     guest.ram[RAM - 4 : RAM] = b"\1\2\3\4"
