@@ -423,11 +423,16 @@ SENSITIVE_0F01 = frozenset({0xC1, 0xC8, 0xC9, 0xD0, 0xD1, 0xD9, 0xF9})
 INTERESTING = re.compile(
     rb"[\xf0\x86\x87\x8e\x6c-\x6f\xe4-\xe7\xec-\xef\xf1\xf4\x9d\xcf\xfb]|"
     rb"\x0f[\x00\x01\x05\x07-\x09\x20-\x23\x30-\x34\xa2\xae]|"
+    rb"\x0f[\x50\x71-\x73\xd6][\x00-\xbf]|"
     rb"\x0f\xc7[\x08-\x0f\x48-\x4f\x88-\x8f]|"
     rb"[\x8f\xc6\xc7][\x08-\x3f\x48-\x7f\x88-\xbf\xc8-\xff]|"
     rb"\x0f\x38[\xf0\xf1][\xc0-\xff]|"
     rb"\xc5|\x62|\xc4[\x01-\x03\x21-\x23\x41-\x43\x61-\x63\x81-\x83\xa1-\xa3\xc1-\xc3\xe1-\xe3]"
 )
+#: MOVMSKPS, the shifts by an immediate, MOVQ2DQ and MOVDQ2Q (0F D6 with 0xF3 or 0xF2): the emulator
+#: takes a memory operand for a register, and its displacement for code (Unicorn 2.1.4, gen_sse).
+_MOVQ = 0x0FD6
+_OF_REGISTERS = frozenset({0x0F50, 0x0F71, 0x0F72, 0x0F73, _MOVQ})
 LTR_GROUP, _LTR, _MOV_SEGMENT = 0x0F00, 3, 0x8E
 _CONTROL_REGISTERS = frozenset({0, 2, 3, 4, 8})
 
@@ -460,6 +465,8 @@ def is_undefined(found: Instruction) -> bool:
         return found.reg not in _CONTROL_REGISTERS
     if opcode == 0x0FAE:
         return _is_fence_of_later_processors(found)
+    if opcode in _OF_REGISTERS and found.operand is not None:
+        return opcode != _MOVQ or found.repeat != 0
     # MOVBE between registers; with 0xF2 it is CRC32.
     return opcode in {0x0F38F0, 0x0F38F1} and found.operand is None and found.repeat != REPNE
 

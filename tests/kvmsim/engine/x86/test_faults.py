@@ -63,6 +63,7 @@ def test_a_stack_that_is_not_canonical_is_a_stack_fault(guest, code, vector):
         *("c6 08 01", "c7 c8 01 00 00 00", "8f c8", "0f 38 f0 c8"),
         *("f3 0f ae f0", "f2 0f ae f0", "66 0f ae f0"),  # umonitor; umwait; tpause
         "f3 48 0f ae e8",  # incsspq
+        *("0f 50 47 fc", "66 0f 72 57 fc 01", "f2 0f d6 47 fc", "f3 0f d6 47 fc"),
     ],
 )
 def test_forms_that_do_not_exist_are_undefined(guest, code):
@@ -72,8 +73,10 @@ def test_forms_that_do_not_exist_are_undefined(guest, code):
     assert guest.r.rip == HANDLER + 1
 
 
-@pytest.mark.parametrize("code", ["0f ae f0", "0f ae e8", "48 0f ae f0", "66 0f ae 37"])
-def test_fences_and_the_write_back_of_a_line_exist(guest, code):
+@pytest.mark.parametrize(
+    "code", ["66 0f d6 07", "0f ae f0", "0f ae e8", "48 0f ae f0", "66 0f ae 37"]
+)
+def test_what_looks_like_them_exists(guest, code):
     guest.long(code, HLT)
     guest.q[r.RDI] = 0x8000
     assert isinstance(guest.run(), Hlt)
