@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 TURN_NS: Final = 1_000_000
 """How long a vCPU executes while another one of the VM waits."""
 
+SHORT_NS: Final = 100_000
+"""Guest code that stops within this time may execute on the event loop next time."""
+
 PATIENCE_S: Final = 2.0
 """How long to wait for a guest that was kicked: it looks at every block of its code."""
 
@@ -65,14 +68,16 @@ class Turn:
         who: whose it is; None when nobody wants to know any more.
         stop: what to execute; None: nothing, others are to have a turn in between.
         error: what ``work`` failed with.
+        was_short: it stopped soon.
     """
 
-    __slots__ = ("error", "stop", "who")
+    __slots__ = ("error", "stop", "was_short", "who")
 
     def __init__(self, who: Executes, stop: Executing | None) -> None:
         self.who: Executes | None = who
         self.stop = stop
         self.error: BaseException | None = None
+        self.was_short = False
 
     def kick(self) -> None:
         """Let it end soon."""
@@ -173,10 +178,12 @@ class Executor(Scheduled):
         now_ns: the time of the host.
         nr_turns: turns taken so far.
         nr_kicks: turns that were kicked for others.
+        was_short: the turn before this moment stopped soon.
     """
 
     __slots__ = (
-        *("nr_turns", "nr_kicks", "now_ns", "_timeline", "_watchdog", "_before", "_after"),
+        *("nr_turns", "nr_kicks", "was_short", "now_ns"),
+        *("_timeline", "_watchdog", "_before", "_after"),
         *("_turns", "_current", "_handling", "_holder", "_held_since_ns"),
         *("_idle", "_jobs", "_thread", "_token"),
     )
@@ -191,6 +198,7 @@ class Executor(Scheduled):
         super().__init__()
         self.nr_turns = 0
         self.nr_kicks = 0
+        self.was_short = False
         self.now_ns = loop.now_ns
         self._watchdog = watchdog
         self._holder: Executes | None = None
@@ -338,6 +346,7 @@ class Executor(Scheduled):
         if self._turns:
             self._watch_turn()
         if turn.stop is None:
+            turn.was_short = True
             self._token.run_sync_soon(self._over, turn)
             return
         self._before()
@@ -368,10 +377,12 @@ class Executor(Scheduled):
         """The thread: execute what comes."""
         while (turn := self._jobs.get()) is not None:
             assert turn.stop is not None
+            began_ns = time.monotonic_ns()
             try:
                 turn.stop.work()
             except BaseException as error:  # its vCPU is told
                 turn.error = error
+            turn.was_short = time.monotonic_ns() - began_ns < SHORT_NS
             self._idle.set()
             try:
                 self._token.run_sync_soon(self._over, turn)
@@ -383,6 +394,7 @@ class Executor(Scheduled):
         if self._current is not turn:  # closed meanwhile
             return
         self._current = None
+        self.was_short = turn.was_short
         self._after()
         if turn.who is not None:
             self._heard(turn.who, turn.error)

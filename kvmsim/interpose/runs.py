@@ -198,7 +198,7 @@ class Run(Scheduled):
         """Guest code was executed; see ``executor``."""
         now_ns = self._timeline.now_ns
         self._timeline.drop(self)
-        self._short = False
+        self._short = self.executor is not None and self.executor.was_short
         self.is_due = False
         if error is not None:
             self._failed(error)

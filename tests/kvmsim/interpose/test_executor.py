@@ -103,7 +103,8 @@ async def test_who_comes_from_its_client_shortens_the_turn_of_others(executor, l
     executor.forget(spinning)
 
 
-async def test_short_code_is_executed_on_the_event_loop(executor):
+async def test_short_code_is_executed_on_the_event_loop(executor, monkeypatch):
+    monkeypatch.setattr(Watchdog, "PERIOD_S", 0.2)
     thread = []
     stop = Executing(work=lambda: thread.append(threading.get_ident()))
     assert executor.execute_here(stop) is True
@@ -250,3 +251,23 @@ async def test_a_kick_that_fails_leaves_the_watchdog_alive(executor, caplog):
         assert not executor.execute_here(stop)
         assert kicked.is_set()
     assert "cannot be kicked" in caplog.text
+
+
+@pytest.mark.parametrize(("spins", "short"), [(False, True), (True, False)])
+async def test_executor_knows_whether_code_stopped_soon(executor, log, monkeypatch, spins, short):
+    monkeypatch.setattr(module, "SHORT_NS", 10**12 if short else 0)
+    code = Code("a", log, executor, spins=spins)
+    code.hand_over()
+    if spins:
+        await trio.to_thread.run_sync(code.began.wait)
+        executor.kick(code)
+    await code.over.wait()
+    assert executor.was_short is short
+
+
+async def test_turn_without_code_was_short(executor, log):
+    code = Code("a", log, executor)
+    executor.hand_over(code, None)
+    await code.over.wait()
+    assert executor.was_short
+    assert log[-1] == "a heard"
