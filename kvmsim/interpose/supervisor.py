@@ -458,7 +458,7 @@ class Supervisor:
                 return
             self._abandon(run, now_ns)
         self._runs.pop(vcpu, None)
-        vcpu.release(now_ns)
+        _release(vcpu, now_ns)
 
     # -- KVM_RUN ---------------------------------------------------------------------------
 
@@ -529,7 +529,7 @@ class Supervisor:
         self._leave(run)
         if run.release_due:
             self._runs.pop(run.vcpu, None)
-            run.vcpu.release(self.loop.timeline.now_ns)
+            _release(run.vcpu, self.loop.timeline.now_ns)
 
     def _abandon(self, run: Run, now_ns: int) -> None:
         """The client that waited is gone."""
@@ -554,6 +554,13 @@ class Supervisor:
         self._abandon(run, now_ns)
         if run.release_due:
             self._vcpu_released(run.vcpu)
+
+
+def _release(vcpu: Vcpu, now_ns: int) -> None:
+    """A vCPU's last descriptor was closed; its page goes at once, with the descriptor behind it."""
+    vcpu.release(now_ns)
+    page, vcpu.run = vcpu.run, KvmRun()
+    page.close()
 
 
 def errno_of(error: OSError) -> int:

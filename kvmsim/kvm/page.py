@@ -46,6 +46,11 @@ class KvmRun:
         self.u32 = view.cast("I")
         self.u64 = view.cast("Q")
 
+    def close(self) -> None:
+        """Let go of the page; nothing of it may be used afterwards."""
+        for view in (self.u64, self.u32, self.u16, self.u8):
+            view.release()
+
     @property
     def request_interrupt_window(self) -> int:
         """In: stop when the guest can take an interrupt."""

@@ -1,5 +1,7 @@
 """Clients whose guests are real code."""
 
+import gc
+import os
 import signal
 import time
 from dataclasses import replace
@@ -74,3 +76,22 @@ def test_client_ends_while_its_guest_executes_and_nothing_stays(host, compiled, 
     assert host.run(compiled("code"), "forever", how) == status
     assert time.monotonic() - began < 60
     assert capfd.readouterr() == ("", "")
+
+
+def test_vcpus_that_are_gone_keep_no_descriptors(host, compiled):
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            assert host.run(compiled("code"), "spinlock") == 0
+        kept = [link for link in map(_link, os.listdir("/proc/self/fd")) if "memfd:kvm" in link]
+    finally:
+        gc.enable()
+    assert not kept
+
+
+def _link(fd):
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""  # the directory's own
