@@ -21,6 +21,7 @@ SSE = frozenset(
 #: MOVUPS, MOVUPD, MOVDQU, LDDQU take any address, but for an alignment check.
 MOVBE = frozenset({0x0F38F0, 0x0F38F1})
 SAVES_SEGMENT = frozenset({0x06, 0x0E, 0x16, 0x1E, 0x0FA0, 0x0FA8})
+LOADS_SEGMENT = frozenset({0x07, 0x17, 0x1F, 0x0FA1, 0x0FA9})
 #: By opcode, the reg fields with a memory operand of x87 instructions that store numbers or status,
 #: or may load a control word that unmasks exceptions. All others show nothing of what they do.
 _X87_SHOWS = {
@@ -36,7 +37,8 @@ STACK = frozenset(
 ) | {0x06, 0x07, 0x0E, 0x16, 0x17, 0x1E, 0x1F, 0xE8, 0x9A, 0xFF, 0x0FA0, 0x0FA1, 0x0FA8, 0x0FA9}
 BRANCHES = frozenset((*range(0x70, 0x80), *range(0xE0, 0xE4), 0xE8, 0xE9, 0xEB, 0xC2, 0xC3, 0xFF))
 NEAR = BRANCHES | frozenset(range(0x0F80, 0x0F90))
-TF_AND_AC = 1 << 8 | 1 << 18
+AC = 1 << 18
+TF_AND_AC = 1 << 8 | AC
 #: More than any instruction or exception puts on a stack, but for ENTER with levels.
 FRAME = 64
 
@@ -52,6 +54,7 @@ class Seen:
         segments: (selector, base, limit, rights) of ES CS SS DS FS GS.
         rip: where it is.
         flags: RFLAGS, but for status.
+        cr0: CR0.
     """
 
     found: d.Instruction
@@ -60,6 +63,7 @@ class Seen:
     segments: list[tuple[int, int, int, int]]
     rip: int
     flags: int
+    cr0: int
 
     def offset(self):
         """Offset of the memory operand in its segment."""
@@ -254,12 +258,28 @@ EXPLAINED = (
         spares=frozenset({"cr2"}),
     ),
     Explanation(
-        "CMPS of no address",
-        "For the same reason one engine may see #PF of one operand and the other #GP of the other.",
+        "CMPS with two faults",
+        "For the same reason one engine may see #PF of one operand and the other #GP or #AC of the"
+        " other.",
         lambda seen: (
-            seen.mode == 64
-            and seen.found.opcode in {0xA6, 0xA7}
-            and any((seen.general[number] >> 47) not in {0, (1 << 17) - 1} for number in (6, 7))
+            seen.found.opcode in {0xA6, 0xA7}
+            and (
+                bool(seen.flags & AC)
+                or (
+                    seen.mode == 64
+                    and any((seen.general[n] >> 47) not in {0, (1 << 17) - 1} for n in (6, 7))
+                )
+            )
+        ),
+    ),
+    Explanation(
+        "SGDT and SIDT that fault half-way",
+        "Unicorn has stored the limit when the base turns out not to be aligned.",
+        lambda seen: (
+            seen.found.opcode == 0x0F01
+            and seen.found.operand is not None
+            and seen.found.modrm & 0x30 == 0
+            and bool(seen.flags & AC)
         ),
     ),
     Explanation(
@@ -309,7 +329,33 @@ EXPLAINED = (
         "segment registers on the stack",
         "Processors read and write 16 bits of the slot (SDM volume 2B, PUSH), Unicorn all of it.",
         lambda seen: (
-            seen.found.opcode in SAVES_SEGMENT and seen.found.bits > 16 and seen.mode != 64
+            (seen.found.opcode in SAVES_SEGMENT and seen.found.bits > 16 and seen.mode != 64)
+            or (seen.found.opcode in LOADS_SEGMENT and bool(seen.flags & AC))
+        ),
+    ),
+    Explanation(
+        "null SS of another ring",
+        "Unicorn does not look at the RPL of a null selector (``helper_load_seg``); processors"
+        " raise #GP unless it is CPL.",
+        lambda seen: (
+            seen.mode == 64
+            and seen.found.opcode == 0x8E
+            and seen.found.modrm & 0x38 == 0x10
+            and (seen.found.operand is not None or not seen.general[seen.found.rm] & 0xFFFC)
+        ),
+    ),
+    Explanation(
+        "CR0.EM and CR0.TS at once",
+        "SSE instructions are #UD on processors, #NM in Unicorn, which looks at TS first.",
+        lambda seen: seen.found.opcode > 0xFF and seen.cr0 & 0xC == 0xC,
+    ),
+    Explanation(
+        "LTR of a null selector",
+        "Unicorn takes it (``helper_ltr``), processors raise #GP.",
+        lambda seen: (
+            seen.found.opcode == 0x0F00
+            and seen.found.modrm & 0x38 == 0x18
+            and (seen.found.operand is not None or not seen.general[seen.found.rm] & 0xFFFC)
         ),
     ),
     Explanation(

@@ -197,7 +197,7 @@ class Run:
         state = self.session.cpu.state
         general = [getattr(state, name) for name in NAMES]
         segments = [self._shown(getattr(state, name)) for name in SEGMENTS]
-        seen = Seen(found, mode, general, segments, state.rip, state.rflags)
+        seen = Seen(found, mode, general, segments, state.rip, state.rflags, state.cr0)
         for known in explanations(seen):
             if known.flags or known.spares:
                 self.undefined |= known.flags
