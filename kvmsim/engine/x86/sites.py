@@ -100,6 +100,10 @@ def kind_of(found: d.Instruction) -> Kind | None:
         return Kind.SYSTEM_STATE if d.shows_system_state(found) else Kind.DESCRIPTOR
     if (control and found.opcode == 0x0F22) or _is_invlpg(found):
         return Kind.MAPPING
+    return _kind_of_flags(found)
+
+
+def _kind_of_flags(found: d.Instruction) -> Kind | None:
     if found.opcode in RESTORE_FLAGS:
         return Kind.WINDOW
     return Kind.FLAGS if exchanges_pairs(found) else None

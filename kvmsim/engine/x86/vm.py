@@ -190,6 +190,7 @@ class X86Vm:
         self.awake = False
         AWAKE.discard(self)
         self.live = r.Registers(memoryview(bytearray(self._blank)))
+        self.watch.close()
         self.unicorn.close()
 
     # -- memory ----------------------------------------------------------------------------------

@@ -298,16 +298,8 @@ class Watch:
 
     def _look(self, site: Site) -> None:
         self._met()
-        if self.stepping or self._why is not NOTHING:
+        if self.stepping or self._why is not NOTHING or self._is_behind_a_lock():
             return
-        if self._expected.lock:
-            if self._live.rip == self._expected.rip:
-                self._expected.lock = 0
-            elif self._vm.policy.fault_like:
-                self._confirm()
-            else:
-                self._stop(LOCKED)
-                return
         if site.ambiguous:
             found = self._site_now(site.address)
             if found is None:
@@ -324,6 +316,19 @@ class Watch:
         elif kind in ENGINES or self._refused(site) or self._window_asked(site):
             self.site = site
             self._stop(SITE)
+
+    def _is_behind_a_lock(self) -> bool:
+        """Whether the lock that was expected stops the guest here: taken, and trap-like."""
+        if not self._expected.lock:
+            return False
+        if self._live.rip == self._expected.rip:
+            self._expected.lock = 0
+        elif self._vm.policy.fault_like:
+            self._confirm()
+        else:
+            self._stop(LOCKED)
+            return True
+        return False
 
     def _refused(self, site: Site) -> bool:
         """Whether an instruction the emulator would execute is #GP."""
@@ -527,6 +532,10 @@ class Watch:
     def forget_code(self) -> None:
         """Forget all translations and what was watched for their sake."""
         self._unicorn.flush_code()
+        self._code.clear()
+
+    def close(self) -> None:
+        """The emulator ends: hold no guest memory any more."""
         self._code.clear()
 
     def check_code(self) -> None:
