@@ -228,11 +228,13 @@ class Executing(InKernel):
         end: what ``work`` came to becomes the state of the vCPU, and KVM's registers are the
             guest's again: for a vCPU that leaves the guest instead of entering again. Called in
             KVM's thread while no ``work`` of the VM is under way, or before this one was.
+        yields: the guest waits for another of its vCPUs, which had better execute before.
     """
 
     work: Callable[[], None] = _nothing
     kick: Callable[[], None] = _nothing
     end: Callable[[], None] = _nothing
+    yields: bool = False
 
 
 Stop = (

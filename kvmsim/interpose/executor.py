@@ -229,8 +229,8 @@ class Executor(Scheduled):
             comes: its client has just called.
         """
         turn = Turn(who, stop)
-        held_ns = self.now_ns() - self._held_since_ns
-        if self._handling and who is self._holder and stop is not None and held_ns < TURN_NS:
+        goes_on = self._handling and who is self._holder and stop is not None and not stop.yields
+        if goes_on and self.now_ns() - self._held_since_ns < TURN_NS:
             self._turns.appendleft(turn)
         else:
             self._turns.append(turn)

@@ -67,6 +67,7 @@ class Cpu:
         kicked: it is to stop executing in another thread.
         astray: where the emulator last ended for no known reason, and how often it did there.
         creeps: so many instructions ahead are to be executed one by one.
+        yields: it waits for another vCPU of its VM.
         worked: it has executed there since it was handed out.
         bus_lock: the stop for a bus lock and nothing else; one is enough.
         bus_locks: bus locks its guest has taken.
@@ -102,6 +103,7 @@ class Cpu:
         self.kicked = self.worked = False
         self.astray = (-1, 0)
         self.creeps = 0
+        self.yields = False
         self.bus_lock = BusLock()
         self.bus_locks = 0
         self.detects_splits: Callable[[], bool] | None = None

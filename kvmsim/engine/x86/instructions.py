@@ -185,6 +185,13 @@ def _hlt(cpu: Cpu, found: Instruction) -> Stop:
     return Hlt()
 
 
+def _pause(cpu: Cpu, found: Instruction) -> Stop:
+    """The guest waits for another vCPU (SDM volume 3, pause-loop exiting)."""
+    cpu.registers.advance(found.length)
+    cpu.yields = True
+    return InKernel()
+
+
 def _int1(cpu: Cpu, found: Instruction) -> Stop | None:
     cpu.registers.advance(found.length)
     return breakpoints.raise_db(cpu, 0)
@@ -425,6 +432,7 @@ def _sysenter(cpu: Cpu, found: Instruction) -> None:
 _TABLE: dict[int, Callable[[Cpu, Instruction], Stop | None]] = {
     **dict.fromkeys((0xE4, 0xE5, 0xE6, 0xE7, 0xEC, 0xED, 0xEE, 0xEF), _in_out),
     **dict.fromkeys((0x6C, 0x6D, 0x6E, 0x6F), _string),
+    0x90: _pause,
     0xF1: _int1,
     0xF4: _hlt,
     0x0F05: _syscall,

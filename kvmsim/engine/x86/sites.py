@@ -26,6 +26,9 @@ RESTORE_FLAGS = frozenset({0x9D, 0xCF, 0xFB})
 _U32 = (1 << 32) - 1
 
 
+NOP, REX_B = 0x90, 1
+
+
 class Kind(Enum):
     """What the engine does at a site."""
 
@@ -36,6 +39,7 @@ class Kind(Enum):
     MAPPING = auto()  # changes address translation
     SYSTEM_STATE = auto()  # shows it, unless CR4.UMIP forbids that
     DESCRIPTOR = auto()  # may lock a descriptor
+    PAUSE = auto()  # lets other vCPUs execute
     FLAGS = auto()  # has the emulator settle its lazy flags
     NEXT = auto()  # nothing: a bus lock may just have been taken before it
 
@@ -100,12 +104,14 @@ def kind_of(found: d.Instruction) -> Kind | None:
         return Kind.SYSTEM_STATE if d.shows_system_state(found) else Kind.DESCRIPTOR
     if (control and found.opcode == 0x0F22) or _is_invlpg(found):
         return Kind.MAPPING
-    return _kind_of_flags(found)
+    return _kind_of_rare(found)
 
 
-def _kind_of_flags(found: d.Instruction) -> Kind | None:
+def _kind_of_rare(found: d.Instruction) -> Kind | None:
     if found.opcode in RESTORE_FLAGS:
         return Kind.WINDOW
+    if found.opcode == NOP and found.repeat == d.REP and not found.rex & REX_B:
+        return Kind.PAUSE
     return Kind.FLAGS if exchanges_pairs(found) else None
 
 

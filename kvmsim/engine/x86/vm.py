@@ -422,7 +422,8 @@ class X86Vm:
     def _hand_out(self, cpu: Cpu, work: Callable[[Cpu], None]) -> Executing:
         cpu.kicked = cpu.worked = False
         self.busy.add(cpu)
-        return Executing(work=lambda: work(cpu), kick=lambda: self.kick(cpu))
+        yields, cpu.yields = cpu.yields, False
+        return Executing(work=lambda: work(cpu), kick=lambda: self.kick(cpu), yields=yields)
 
     def _no_work(self, cpu: Cpu) -> None:
         """It was the turn of others when this vCPU asked; now :meth:`run` executes it."""

@@ -461,3 +461,25 @@ def test_vm_that_is_closed_lets_go_of_memory_it_has_no_more(guest):
     guest.vm.set_slots([])
     guest.ram.close()  # BufferError, were it in use
     assert guest.ram.closed
+
+
+PAUSES = "f3 90 eb fc"  # l: pause; jmp l
+
+
+def test_guest_that_pauses_lets_another_vcpu_of_its_own_execute(aside):
+    aside.long(PAUSES)
+    stop = aside.run()
+    aside.vm.run(aside.vm.add_cpu())
+    stop.work()
+    assert type(aside.run()) is InKernel
+    assert aside.r.rip == CODE + 2
+    stop = aside.run()
+    assert type(stop) is Executing
+    assert stop.yields
+
+
+def test_guest_that_pauses_alone_goes_on(aside):
+    aside.long(PAUSES, HLT)
+    stop = aside.run()
+    stop.work()
+    assert not aside.cpu.yields
