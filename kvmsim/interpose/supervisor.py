@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from kvmsim.interpose.notify import Listener, Notification
     from kvmsim.interpose.roles import OtherCalls, Tap
     from kvmsim.kvm.eventfds import Eventfd
+    from kvmsim.kvm.run import Blocked
     from kvmsim.vmm.run_loop import RunLoop
 
 log = logging.getLogger(__name__)
@@ -468,24 +469,24 @@ class Supervisor:
         Raises:
             KvmError: it fails.
         """
-        if self._code is not None and not self._may_enter(vcpu, notification, thread):
-            return True
         run = self._runs[vcpu]
-        if steal_time.is_wanted(vcpu):
-            steal_time.waited(vcpu, thread.waited_ns())
+        left: Blocked | None
         try:
-            run.begin()
-            left = vcpu.kvm_run(now_ns)
-            if left is not None:
-                left = run.pass_through(left, now_ns)
+            if self._code is None:  # the quick way: no call is made as often
+                left = vcpu.kvm_run(now_ns)
+                if type(left) is InGuest and not left.guest_ns:
+                    left = vcpu.resume(now_ns)
+                if left is not None:
+                    left = run.pass_through(left, now_ns)
+            elif self._may_enter(vcpu, notification, thread):
+                left = self._run_code(run, thread, now_ns)
+            else:
+                return True
         except KvmError:
             raise
         except Exception:
             fail(vcpu)
             raise
-        finally:
-            if self._code is not None:
-                self._code.take_back(vcpu.vm)
         if left is None:
             if self._readable:
                 self._write_contents()
@@ -495,6 +496,19 @@ class Supervisor:
         run.wait(left, notification, thread, now_ns)
         self.parked.add(run)
         return True
+
+    def _run_code(self, run: Run, thread: Thread, now_ns: int) -> Blocked | None:
+        """Let a guest run whose code is executed; what is left to wait for."""
+        assert self._code is not None
+        vcpu = run.vcpu
+        if steal_time.is_wanted(vcpu):
+            steal_time.waited(vcpu, thread.waited_ns())
+        try:
+            run.begin()
+            left = vcpu.kvm_run(now_ns)
+            return None if left is None else run.pass_through(left, now_ns)
+        finally:
+            self._code.take_back(vcpu.vm)
 
     def _enters_again(self, run: Run) -> bool:
         """Whether a vCPU whose code was executed enters the guest again, or is called once more."""
