@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 INTEL_FAMILY = 6
 #: ``IA32_PERF_CAPABILITIES[5:0]`` of processors with architectural records.
-FORMAT_ARCHITECTURAL = 0x3F
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Mapping
 
 MAX_LENGTH = 15
 REPNE, REP = 0xF2, 0xF3
@@ -449,12 +453,25 @@ def is_locked_access(found: Instruction) -> bool:
 
 def is_lockable(found: Instruction) -> bool:
     """Whether it may have a LOCK prefix; with one, any other instruction is #UD."""
+    return has_operand_and_is_in(found, _LOCKABLE, _LOCKABLE_GROUPS)
+
+
+def has_operand_and_is_in(
+    found: Instruction, opcodes: Container[int], groups: Mapping[int, Container[int]]
+) -> bool:
+    """Whether it has a memory operand, and its opcode is in a table.
+
+    Args:
+        found: the instruction.
+        opcodes: of whole opcodes.
+        groups: of opcodes whose ModRM tells them apart: which of their eight.
+    """
     if found.operand is None:
         return False
-    group = _LOCKABLE_GROUPS.get(found.opcode)
+    group = groups.get(found.opcode)
     if group is not None:
         return (found.modrm >> 3 & 7) in group
-    return found.opcode in _LOCKABLE
+    return found.opcode in opcodes
 
 
 def is_undefined(found: Instruction) -> bool:

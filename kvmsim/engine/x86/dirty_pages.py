@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from kvmsim.engine.x86.backend import Callback, Unicorn
     from kvmsim.engine.x86.memory import Slot
 
-PAGE_SHIFT = 12
 #: (uc: rdi, kind: esi, gpa: rdx, size: ecx, value: r8, data: r9); data: first gpa, bytes.
 _STUB = bytes.fromhex(
     "49 2b 11"  # sub rdx, [r9]

@@ -75,12 +75,7 @@ def corrected(cpu: Cpu, vector: int, code: int, found: d.Instruction | None) -> 
 
 def reads_and_writes(found: d.Instruction) -> bool:
     """Whether it changes a memory operand in place: its page must be writable to begin with."""
-    if found.operand is None:
-        return False
-    group = _BOTH_IN_GROUP.get(found.opcode)
-    if group is not None:
-        return (found.modrm >> 3 & 7) in group
-    return found.opcode in _BOTH
+    return d.has_operand_and_is_in(found, _BOTH, _BOTH_IN_GROUP)
 
 
 def computes_flags(found: d.Instruction, operation: int) -> bool:

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-PHYSICAL_END = 1 << 52
-
 
 @dataclass(slots=True)
 class Slot:

@@ -23,10 +23,8 @@ LINE = 64
 CR8 = 8
 #: POPF, IRET, STI.
 RESTORE_FLAGS = frozenset({0x9D, 0xCF, 0xFB})
-_U32 = (1 << 32) - 1
-
-
 NOP, REX_B = 0x90, 1
+_U32 = (1 << 32) - 1
 
 
 class Kind(Enum):
@@ -100,14 +98,16 @@ def kind_of(found: d.Instruction) -> Kind | None:
     engines = d.is_sensitive(found) or xsave.is_one(found) or vex.is_move(found)
     if engines and not control:
         return Kind.SENSITIVE
-    if d.shows_system_state(found) or d.loads_descriptor(found):
-        return Kind.SYSTEM_STATE if d.shows_system_state(found) else Kind.DESCRIPTOR
     if (control and found.opcode == 0x0F22) or _is_invlpg(found):
         return Kind.MAPPING
     return _kind_of_rare(found)
 
 
 def _kind_of_rare(found: d.Instruction) -> Kind | None:
+    if d.shows_system_state(found):
+        return Kind.SYSTEM_STATE
+    if d.loads_descriptor(found):
+        return Kind.DESCRIPTOR
     if found.opcode in RESTORE_FLAGS:
         return Kind.WINDOW
     if found.opcode == NOP and found.repeat == d.REP and not found.rex & REX_B:

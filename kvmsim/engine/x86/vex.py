@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from kvmsim.engine.x86.cpu import Cpu
     from kvmsim.engine.x86.decode import Instruction
 
-XMM_BYTES = 16
 _NONE, _66, _F3 = 0, 1, 2
 #: Opcode of a load -> prefixes with which it is a move of whole registers; a store is one, or 16,
 #: above its load.
